@@ -1,0 +1,35 @@
+"""Decide, from a model's weights alone, how much capacity each layer of a LoRA-MoE gets."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported on first use, so that `import htsr_alloc` loads no torch.
+_PUBLIC = {
+    "HtsrError": "errors",
+    "Metrics": "records",
+    "Allocation": "records",
+    "Settings": "records",
+    "Farms": "records",
+    "loads": "records",
+    "dumps": "records",
+    "open_checkpoint": "checkpoint",
+    "spectrum": "spectrum",
+    "fit": "estimators",
+    "analyze": "analysis",
+    "refit": "analysis",
+    "allocate": "allocation",
+    "Bounds": "allocation",
+}
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", *_PUBLIC])

@@ -1,0 +1,199 @@
+"""PL_Alpha_Hill: the power-law exponent of a spectrum's tail, by five rules for where it starts.
+
+With eigenvalues l_1 <= ... <= l_N, a tail that starts at i has n_i = N - i + 1 values and
+
+    alpha_i = 1 + n_i / (sum_{j>=i} ln l_j - n_i ln l_i)                     (Hill)
+    D_i     = max_{j>=i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n_i |   (KS distance)
+
+The peak p of the histogram of log10 l in ``bins`` equal bins over [min, max] is 10 to the left
+edge of its first fullest bin. numpy only, no loop over eigenvalues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import FAILED, MARKED, OK
+
+FEW = 50  # a fit to fewer eigenvalues is marked (METHODS 2)
+CHUNK = 1 << 20  # elements of the candidates x eigenvalues array made at a time (8 MiB)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted tail. On status ``failed`` every number is None and ``reason`` says why.
+
+    Attributes:
+        alpha: PL_Alpha_Hill.
+        xmin: the eigenvalue at which the tail starts.
+        k: the number of eigenvalues in the tail (for ``paper``, those above xmin).
+        ks_distance: D of the tail.
+        peak_gap: count of the fullest bin less that of the second; 0 is a tie, which the first
+            bin wins. A rounding error that moves one eigenvalue can move the peak then.
+        status: ``ok``, ``marked`` (the number stands, ``reason`` warns) or ``failed``.
+    """
+
+    alpha: float | None
+    xmin: float | None
+    k: int | None
+    ks_distance: float | None
+    peak_gap: int | None
+    status: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Tails:
+    """All of a spectrum that the rules need: ascending values, their logs, each alpha_i."""
+
+    values: np.ndarray
+    logs: np.ndarray
+    alphas: np.ndarray  # alphas[i] of the tail values[i:]; inf where it has no spread
+    peak: float
+
+
+Rule = Callable[[_Tails], "int | None"]  # the index of the tail's start, if there is one
+
+
+def fit(eigenvalues: np.ndarray, estimator: str = "official", bins: int = 100) -> Fit:
+    """Fit the tail of a spectrum.
+
+    Args:
+        eigenvalues: (N,) positive, ascending, float64.
+        estimator: ``official``, ``paper``, ``band``, ``median`` or ``ks``:
+
+            * official: the start with the least D among log10(0.95 p) <= l_i <= 1.5 p, the
+              last eigenvalue excepted. AlphaLoRA's released script, AlphaPruning's
+              ``alpha_peak``; the log10 on one side only is theirs.
+            * paper: AlphaLoRA eq. 5, "Fix-finger": l_min is the largest eigenvalue not above
+              the peak, k the number above it (at most N - 1).
+            * band: ``official`` with the bound it meant, 0.95 p <= l_i <= 1.5 p
+              (WeightWatcher's ``xmin_peak``, by intent).
+            * median: the start is i = floor(N / 2), counted from 0 (TempBalance, FARMS).
+            * ks: the start with the least D of all but the last (Clauset, Shalizi and Newman;
+              the default of WeightWatcher and ``powerlaw``).
+        bins: of the histogram that gives the peak.
+
+    Raises:
+        HtsrError: unknown estimator, bins < 1.
+    """
+    if estimator not in ESTIMATORS:
+        raise HtsrError(
+            f"There is no estimator {estimator!r}.", f"Choose from {', '.join(ESTIMATORS)}."
+        )
+    if bins < 1:
+        raise HtsrError(f"A histogram needs at least one bin, not {bins}.")
+    values = np.asarray(eigenvalues, dtype=np.float64)
+    n = len(values)
+    if n < 3:
+        return _failed(f"only {n} eigenvalues (a tail needs 3)")
+    if not (np.isfinite(values[-1]) and values[0] > 0):
+        return _failed("eigenvalues are not positive and finite")
+    if values[0] == values[-1]:
+        return _failed("all eigenvalues are equal")
+    logs = np.log(values)
+    counts, edges = np.histogram(np.log10(values), bins=bins)
+    top = int(counts.argmax())
+    peak = float(10.0 ** edges[top])
+    gap = int(counts[top] - np.delete(counts, top).max()) if bins > 1 else n
+    tails = _Tails(values, logs, _hill(logs), peak)
+    start = ESTIMATORS[estimator](tails)
+    if start is None:
+        return _failed(f"no eigenvalue qualifies as {estimator}'s start of the tail")
+    first = start + 1 if estimator == "paper" else start  # eq. 5 does not count l_min itself
+    above = logs[first:] - logs[start]
+    k = n - first
+    if not above.sum() > 0:
+        return _failed("the tail's eigenvalues are all equal")
+    alpha = 1 + k / float(above.sum())
+    distance = float(np.abs(1 - np.exp((1 - alpha) * above) - np.arange(k) / k).max())
+    reason = f"only {n} eigenvalues (< {FEW})" if n < FEW else None
+    status = MARKED if reason else OK
+    return Fit(alpha, float(values[start]), k, distance, gap, status, reason)
+
+
+def alpha_hat(alpha: float, lambda_max: float) -> float:
+    """Alpha_Hat = alpha log10 lambda_max (AlphaLoRA eq. 11; base 10 as in its code family)."""
+    return alpha * float(np.log10(lambda_max))
+
+
+def stable_rank(eigenvalues: np.ndarray) -> float:
+    """||W||_F^2 / ||W||_2^2 = sum(l) / l_N of ascending eigenvalues."""
+    return float((eigenvalues / eigenvalues[-1]).sum())
+
+
+def _failed(reason: str) -> Fit:
+    return Fit(None, None, None, None, None, FAILED, reason)
+
+
+def _hill(logs: np.ndarray) -> np.ndarray:
+    """alpha_i of every tail logs[i:]. (N,) -> (N,)"""
+    n = np.arange(len(logs), 0, -1)
+    # Distances from the top, not the logs, are summed: the two terms then cancel less.
+    below = logs[-1] - logs
+    spread = n * below - np.cumsum(below[::-1])[::-1]
+    with np.errstate(divide="ignore"):
+        return np.where(spread > 0, 1 + n / np.where(spread > 0, spread, 1), np.inf)
+
+
+def _distances(tails: _Tails, starts: np.ndarray) -> np.ndarray:
+    """D_i for each start; inf where alpha_i is not finite. (C,) -> (C,)"""
+    total = len(tails.logs)
+    out = np.full(len(starts), np.inf)
+    usable = np.flatnonzero(np.isfinite(tails.alphas[starts]))
+    step = max(1, CHUNK // total)
+    for at in range(0, len(usable), step):
+        part = usable[at : at + step]
+        i = starts[part][:, None]  # (c, 1)
+        j = np.arange(int(i.min()), total)[None, :]  # (1, J)
+        ratio = tails.logs[j] - tails.logs[i]  # negative before the start
+        model = 1 - np.exp((1 - tails.alphas[i]) * np.maximum(ratio, 0))
+        distance = np.abs(model - (j - i) / (total - i))
+        out[part] = np.where(j >= i, distance, 0).max(axis=1)
+    return out
+
+
+def _best(tails: _Tails, allowed: np.ndarray) -> int | None:
+    """The first start with the least D among the allowed ones, the last value excepted."""
+    starts = np.flatnonzero(allowed[:-1])
+    if not len(starts):
+        return None
+    distances = _distances(tails, starts)
+    best = int(distances.argmin())
+    return int(starts[best]) if np.isfinite(distances[best]) else None
+
+
+def _official(tails: _Tails) -> int | None:
+    above = tails.values >= np.log10(0.95 * tails.peak)
+    return _best(tails, above & (tails.values <= 1.5 * tails.peak))
+
+
+def _band(tails: _Tails) -> int | None:
+    above = tails.values >= 0.95 * tails.peak
+    return _best(tails, above & (tails.values <= 1.5 * tails.peak))
+
+
+def _paper(tails: _Tails) -> int:
+    above = int((tails.values > tails.peak).sum())
+    return max(len(tails.values) - above - 1, 0)
+
+
+def _median(tails: _Tails) -> int:
+    return len(tails.values) // 2
+
+
+def _ks(tails: _Tails) -> int | None:
+    return _best(tails, np.ones(len(tails.values), dtype=bool))
+
+
+ESTIMATORS: dict[str, Rule] = {
+    "official": _official,
+    "paper": _paper,
+    "band": _band,
+    "median": _median,
+    "ks": _ks,
+}

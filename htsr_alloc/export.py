@@ -1,0 +1,191 @@
+"""An allocation in the words of other trainers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Allocation
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a LoRA trainer needs besides the allocation; ``r`` is per expert."""
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ()
+
+
+def to_mola(allocation: Allocation, lora: Lora) -> str:
+    """Arguments of the MoLA and AlphaLoRA training scripts.
+
+    Raises:
+        HtsrError: a layer without experts, which those scripts cannot build.
+    """
+    if 0 in allocation.experts:
+        layer = allocation.experts.index(0)
+        raise HtsrError(
+            f"Layer {layer} has no expert, which MoLA's trainer cannot build.",
+            "Allocate with --min 1, or export --to peft-rank.",
+        )
+    lines = [
+        f'--lora_r "{_commas([lora.r] * len(allocation.experts))}"',
+        f"--lora_alpha {lora.lora_alpha}",
+        f"--lora_dropout {lora.lora_dropout:g}",
+        f'--number_experts "{_commas(allocation.experts)}"',
+        f'--top_k "{_commas(allocation.top_k)}"',
+    ]
+    if lora.target_modules:
+        lines.insert(3, f'--lora_target_modules "{",".join(lora.target_modules)}"')
+    return " \\\n".join(lines) + "\n"
+
+
+def to_peft_rank(
+    allocation: Allocation, lora: Lora, modules: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """Keyword arguments of ``peft.LoraConfig``, as JSON: plain LoRA of equal parameter count.
+
+    A layer with N experts of rank r gets rank N r and alpha N lora_alpha, so that the scale
+    alpha / r stays the same; a layer with none is not targeted.
+
+    Args:
+        modules: block prefix -> full names of the linears in it. With it every module has a
+            pattern of its own, checked to match it and nothing else; without it there is one
+            pattern a layer and target.
+
+    Raises:
+        HtsrError: no layer prefixes in the allocation, nothing to target, a prefix without
+            modules, or a pattern that does not match exactly one module.
+    """
+    layers = [(row.prefix, row.experts) for row in allocation.evidence]
+    if not layers or any(prefix is None for prefix, _ in layers):
+        raise HtsrError(
+            "The allocation does not say which modules its layers are.",
+            "Allocate from a metrics file, which knows the prefixes.",
+        )
+    if modules is None and not lora.target_modules:
+        raise HtsrError(
+            "PEFT must be told which modules to adapt.",
+            "Give --model, or --target q_proj --target v_proj ...",
+        )
+    ranks: dict[str, int] = {}
+    targets: list[str] = []
+    for prefix, experts in layers:
+        assert prefix is not None
+        if modules is None:
+            keys = {
+                rf"^{re.escape(prefix)}\.(.*\.)?{re.escape(target)}": None
+                for target in lora.target_modules
+            }
+        else:
+            keys = {"^" + re.escape(name): name for name in _selected(modules, prefix, lora)}
+        if experts == 0:
+            continue
+        ranks |= dict.fromkeys(keys, experts)
+        targets += [name if name is not None else key for key, name in keys.items()]
+    if not ranks:
+        raise HtsrError("No layer has an expert, so that there is nothing to train.")
+    if modules is not None:
+        every = [name for names in modules.values() for name in names]
+        _check_patterns(ranks, every)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": targets if modules is not None else "|".join(targets),
+        "rank_pattern": {key: lora.r * n for key, n in ranks.items()},
+        "alpha_pattern": {key: lora.lora_alpha * n for key, n in ranks.items()},
+    }
+    return json.dumps(config, indent=1) + "\n"
+
+
+def to_axolotl(allocation: Allocation, lora: Lora) -> str:
+    """The LoRA part of an axolotl configuration (YAML).
+
+    axolotl has one rank for all layers. Where the allocation needs several, the YAML starts
+    from an adapter folder made with the ``peft-rank`` export, and says how.
+    """
+    present = sorted(set(allocation.experts) - {0})
+    if not present:
+        raise HtsrError("No layer has an expert, so that there is nothing to train.")
+    lines = ["adapter: lora", f"lora_dropout: {lora.lora_dropout:g}"]
+    if lora.target_modules:
+        lines.append(f"lora_target_modules: {json.dumps(list(lora.target_modules))}")
+    else:
+        lines.append("lora_target_linear: true")
+    if len(present) == 1:
+        lines += [f"lora_r: {lora.r * present[0]}", f"lora_alpha: {lora.lora_alpha * present[0]}"]
+        if 0 in allocation.experts:
+            chosen = [i for i, n in enumerate(allocation.experts) if n]
+            lines.append(f"peft_layers_to_transform: {json.dumps(chosen)}")
+        return "\n".join(lines) + "\n"
+    head = [
+        "# axolotl knows one rank for all layers; per-layer ranks come from an adapter folder:",
+        "#   htsr export ALLOCATION --to peft-rank --model MODEL -o lora.json",
+        '#   python -c "import json, peft, transformers as t; peft.get_peft_model('
+        "t.AutoModelForCausalLM.from_pretrained('MODEL'), "
+        "peft.LoraConfig(**json.load(open('lora.json')))).save_pretrained('./adapter')\"",
+    ]
+    lines += [
+        f"lora_r: {lora.r}",
+        f"lora_alpha: {lora.lora_alpha}",
+        "lora_model_dir: ./adapter",
+    ]
+    return "\n".join(head + lines) + "\n"
+
+
+def to_csv(allocation: Allocation) -> str:
+    """One row a layer: layer, prefix, score, quota, experts, top_k."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "prefix", "score", "quota", "experts", "top_k"])
+    for i, (experts, top_k) in enumerate(zip(allocation.experts, allocation.top_k, strict=True)):
+        row = allocation.evidence[i] if allocation.evidence else None
+        known = [row.prefix, row.score, row.quota] if row else [None] * 3
+        writer.writerow([i, *known, experts, top_k])
+    return text.getvalue()
+
+
+def _commas(numbers: Sequence[int]) -> str:
+    return ",".join(str(n) for n in numbers)
+
+
+def _selected(modules: Mapping[str, Sequence[str]], prefix: str, lora: Lora) -> list[str]:
+    """The layer's modules whose name is a target or ends in one."""
+    names = modules.get(prefix)
+    if not names:
+        raise HtsrError(
+            f"The model has no module under {prefix}.",
+            "Give the model that the allocation was made for.",
+        )
+    if not lora.target_modules:
+        return list(names)
+    chosen = [n for n in names if any(n.endswith("." + t) for t in lora.target_modules)]
+    if not chosen:
+        raise HtsrError(
+            f"No module under {prefix} is one of {', '.join(lora.target_modules)}; it has "
+            f"{', '.join(n.removeprefix(prefix + '.') for n in names)}."
+        )
+    return chosen
+
+
+def _check_patterns(patterns: Mapping[str, int], modules: Sequence[str]) -> None:
+    """Each pattern must match one module by PEFT's own rule (``get_pattern_key``)."""
+    known = set(modules)
+    for pattern in patterns:
+        # An anchored, escaped name can only match itself: a set lookup then is that rule.
+        name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
+        if name not in known or not re.match(rf"(.*\.)?({pattern})$", name):
+            raise HtsrError(f"The pattern {pattern} does not match exactly one module.")
+
+
+EXPORTS = ("mola", "peft-rank", "axolotl", "csv")

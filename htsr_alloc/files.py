@@ -1,0 +1,69 @@
+"""Reading and writing files so that a crash, a full disk or a second run loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from htsr_alloc.errors import HtsrError
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes ``path``'s place only when the block ends without error.
+
+    Raises:
+        HtsrError: the file cannot be written (no such folder, read-only, disk full); what
+            stood at ``path`` before still stands there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        HtsrError: it does not exist or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot("read", path, error) from error
+
+
+def sha256(path: Path) -> str:
+    """The hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    return digest.hexdigest()
+
+
+def cannot(verb: str, path: Path, error: OSError) -> HtsrError:
+    """An operating-system error as a sentence."""
+    return HtsrError(f"Cannot {verb} {path}: {error.strerror or error}.")

@@ -1,0 +1,143 @@
+"""Everything the command line prints: results to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from htsr_alloc.cost import flops
+from htsr_alloc.errors import HtsrError
+
+PIPE_WIDTH = 200  # columns assumed when the output is no terminal: nothing is cut there
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def clean(text: object) -> str:
+    """Text from a file, without control characters, which could drive the terminal."""
+    return CONTROL.sub("?", str(text))
+
+
+class Screen:
+    """One run's output.
+
+    Args:
+        as_json: the result is printed as JSON instead of a table.
+        quiet: no notes and no progress; warnings and errors still show.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._out = Console(
+            highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False
+        )
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def text(self, text: str) -> None:
+        """A result that is text already, unchanged."""
+        sys.stdout.write(text)
+
+    def result(self, data: Any) -> None:
+        """A result as JSON."""
+        self.text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()
+    ) -> None:
+        """A table; columns are right-aligned but for those named in ``left``."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in columns:
+            where = "left" if name in left else "right"
+            table.add_column(name, justify=where, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(_cell(value)) for value in row))
+        self._out.print(table)
+
+    def note(self, message: str) -> None:
+        """Something to know, on stderr."""
+        if not self.quiet:
+            self._err.print(Text(clean(message)))
+
+    def warn(self, message: str) -> None:
+        """Something to mind, on stderr."""
+        self._err.print(Text(f"warning: {clean(message)}", style="yellow"))
+
+    def error(self, error: HtsrError) -> None:
+        """A failure: its sentence, then what to do."""
+        self._err.print(Text(f"error: {clean(error.message)}", style="red"))
+        if error.hint:
+            self._err.print(Text(f"hint: {clean(error.hint)}"))
+
+    def progress(self, stream: Iterable, layer_map: Any) -> Iterator:
+        """Pass a stream of (matrix, resumed) on while a bar shows it, on a terminal only.
+
+        The bar moves by cost, not by count, so that the time it foretells holds for matrices
+        of unequal size.
+        """
+        if self.quiet or not self._err.is_terminal:
+            yield from stream
+            return
+        total = sum(flops(matrix.shape) for matrix in layer_map.matrices)
+        columns = (
+            BarColumn(),
+            TextColumn("{task.fields[count]}/" + str(len(layer_map.matrices))),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("", total=total, count=0)
+            for count, item in enumerate(stream, 1):
+                matrix, resumed = item
+                said = f"layer {matrix.layer} {clean(matrix.role)}"
+                bar.update(
+                    task,
+                    advance=flops(matrix.shape),
+                    count=count,
+                    description=said + (" (resumed)" if resumed else ""),
+                )
+                yield item
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return clean(value)
+
+
+def bar(value: float, largest: float, width: int = 24) -> str:
+    """A bar of at most ``width`` cells."""
+    return "█" * max(1, round(value / largest * width)) if value > 0 else ""
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

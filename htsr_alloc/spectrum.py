@@ -1,0 +1,205 @@
+"""A weight matrix's spectrum: the eigenvalues of W^T W, exactly.
+
+The seam for engines is ``ENGINES``: a function from a tall matrix to the n eigenvalues of its
+smaller Gram matrix. What counts as zero is decided here, once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Farms
+
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
+EPS = float(np.finfo(np.float64).eps)
+ROW_CHUNK = 1024  # rows upcast at a time: 32 MiB of float64 at 4096 columns
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The empirical spectral density of one matrix.
+
+    Attributes:
+        eigenvalues: float64, ascending, those of W^T W that are not zero; with FARMS the
+            pooled ones of its windows are in ``windows``.
+        n_zero: how many of the min(m, n) eigenvalues are zero (dead rows, low rank).
+        engine: what computed it, and why if not the one asked for.
+        reason: why there is no spectrum (NaN weights, all zero); None otherwise.
+    """
+
+    eigenvalues: np.ndarray
+    n_zero: int = 0
+    engine: str = ""
+    windows: np.ndarray | None = None
+    reason: str | None = None
+
+
+Engine = Callable[[torch.Tensor], torch.Tensor]
+
+
+def spectrum(
+    weight: torch.Tensor,
+    *,
+    engine: str = "auto",
+    device: str | torch.device = "cpu",
+    farms: Farms | None = None,
+) -> Spectrum:
+    """Eigenvalues of W^T W for one matrix (METHODS: the squared singular values).
+
+    Args:
+        weight: (m, n), any float dtype; upcast to float64 in chunks, never as a whole.
+        engine: a key of ``ENGINES``.
+        device: where the float64 work runs. Out of GPU memory, the CPU takes over, which
+            ``Spectrum.engine`` tells.
+        farms: also pool the eigenvalues of these windows (float64 svdvals of each).
+
+    Returns:
+        The spectrum; for an empty, all-zero or non-finite matrix an empty one with a reason.
+
+    Raises:
+        HtsrError: unknown engine, or not a matrix.
+
+    Eigenvalues of the Gram matrix at or below min(m, n) * eps * lambda_max cannot be told from
+    zero. When there are any, float64 svdvals decides: singular values at or below
+    max(m, n) * eps * s_max are zeros and dropped, and all others are squared.
+    """
+    if engine not in ENGINES:
+        raise HtsrError(f"There is no engine {engine!r}.", f"Choose from {', '.join(ENGINES)}.")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise HtsrError(f"A spectrum needs a float matrix, not {weight.ndim}-d {weight.dtype}.")
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    problem, exponent = _inspect(tall)
+    if problem is not None:
+        return Spectrum(np.empty(0), engine=engine, reason=problem)
+    tall = _scaled(tall, exponent)
+    device = torch.device(device)
+    try:
+        result = _decompose(tall.to(device), engine)
+    except (torch.OutOfMemoryError, LinAlgError) as error:
+        if device.type == "cpu":
+            raise
+        why = "no convergence" if isinstance(error, LinAlgError) else "out of memory"
+        fallback = _decompose(tall, engine)
+        result = replace(fallback, engine=f"{fallback.engine} on the CPU ({device}: {why})")
+    windows = _windows(_scaled(weight, exponent), farms) if farms else None
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.ldexp(result.eigenvalues, 2 * exponent)  # exact: the scale was a power of 2
+    if not (values[0] >= np.finfo(np.float64).tiny and np.isfinite(values[-1])):
+        return Spectrum(np.empty(0), engine=engine, reason="eigenvalues out of float64's range")
+    if windows is not None:
+        windows = np.ldexp(windows, 2 * exponent)
+    return replace(result, eigenvalues=values, windows=windows)
+
+
+def _inspect(weight: torch.Tensor) -> tuple[str | None, int]:
+    """Why a matrix has no spectrum, if so, and the exponent that brings it near 1.
+
+    Only float64 can leave its own range when squared, so other dtypes keep exponent 0.
+    """
+    if weight.numel() == 0:
+        return "the matrix is empty", 0
+    largest = 0.0
+    for rows in weight.split(ROW_CHUNK):
+        low, high = (float(x) for x in rows.double().aminmax())
+        if math.isnan(low) or math.isnan(high):
+            return "the matrix holds NaN", 0
+        largest = max(largest, -low, high)
+    if math.isinf(largest):
+        return "the matrix holds Inf", 0
+    if largest == 0:
+        return "all weights are zero", 0
+    return None, math.frexp(largest)[1] if weight.dtype == torch.float64 else 0
+
+
+def _scaled(weight: torch.Tensor, exponent: int) -> torch.Tensor:
+    """W * 2^-exponent, exactly (in two steps: 2^1074 alone is out of range)."""
+    if exponent == 0:
+        return weight
+    half = exponent // 2
+    return weight * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent)
+
+
+def _decompose(tall: torch.Tensor, engine: str) -> Spectrum:
+    """Spectrum of a finite, non-zero (m, n) matrix with m >= n, on the device it is on."""
+    values = ENGINES[engine](tall).cpu().numpy()
+    n = tall.shape[1]
+    name = "float64 Gram"
+    if values[0] > n * EPS * values[-1]:
+        return Spectrum(values, engine=name)
+    singular = torch.linalg.svdvals(tall.double()).flip(0).cpu().numpy()
+    kept = singular[singular > tall.shape[0] * EPS * singular[-1]]
+    return Spectrum(kept**2, n_zero=n - len(kept), engine="float64 svdvals")
+
+
+def gram(tall: torch.Tensor) -> torch.Tensor:
+    """W^T W in float64, accumulated over chunks of rows. (m, n) -> (n, n)."""
+    n = tall.shape[1]
+    total = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    for rows in tall.split(ROW_CHUNK):
+        wide = rows.double()
+        total.addmm_(wide.T, wide)
+    return total
+
+
+def _exact(tall: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.eigvalsh(gram(tall))
+
+
+ENGINES: dict[str, Engine] = {"auto": _exact, "portable": _exact}
+
+
+def _windows(weight: torch.Tensor, farms: Farms) -> np.ndarray:
+    """FARMS (arXiv 2506.06280): pooled eigenvalues of evenly spaced windows, ascending.
+
+    Each axis has at most ``farms.windows`` starts, floor((size - window) / (windows - 1))
+    apart, as the released code (``fixed_number_of_sampling_ops``) has it. A window that is
+    larger than the matrix is shrunk to fit, its ratio kept. Zeros are dropped window by window.
+    """
+    rows = min(farms.rows, weight.shape[0])
+    columns = int(rows * farms.ratio)
+    if columns > weight.shape[1]:
+        columns = weight.shape[1]
+        rows = max(1, min(rows, int(columns / farms.ratio)))
+    columns = max(1, columns)
+    blocks = [
+        weight[i : i + rows, j : j + columns].double()
+        for i in _starts(weight.shape[0], rows, farms.windows)
+        for j in _starts(weight.shape[1], columns, farms.windows)
+    ]
+    singular = torch.linalg.svdvals(torch.stack(blocks)).cpu().numpy()
+    floor = max(rows, columns) * EPS * singular.max(axis=1, keepdims=True)
+    return np.sort(singular[singular > floor] ** 2)
+
+
+def _starts(size: int, window: int, count: int) -> list[int]:
+    step = max(1, (size - window) // max(1, count - 1))
+    number = min(count, (size - window) // step + 1)
+    return [min(i * step, size - window) for i in range(number)]
+
+
+def choose_device(name: str) -> str:
+    """``auto`` as ``cuda`` where there is one, else ``cpu``; other names checked.
+
+    Raises:
+        HtsrError: no such device here, or one without float64 (mps).
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "mps":
+        raise HtsrError("mps has no float64, which exact spectra need.", "Use --device cpu.")
+    if name == "cpu":
+        return name
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise HtsrError(f"There is no device {name!r}.", "Choose auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise HtsrError(f"{name} is not here: torch sees {count} CUDA devices.", "Use cpu.")
+    return name
