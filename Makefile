@@ -1,0 +1,55 @@
+# make demo   the main job on a real checkpoint         make test   the tests
+# make lint   ruff and pyright                          make clean  removes .venv and build
+#
+# Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
+# and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
+# make PYTHON=python3.12 test, make test ARGS="-k estimators".
+
+PYTHON ?= python3
+MODEL  ?= smollm2
+T      ?= 160
+BETA   ?= 2.5
+ARGS   ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo
+	@mkdir -p build/demo
+	@case "$(MODEL)" in \
+	  minilm|smollm2|mpnet) source="$$($(BIN)/python data/checkpoints.py $(MODEL))" || exit 1 ;; \
+	  *) source="$(MODEL)" ;; \
+	esac; \
+	cd build/demo && \
+	echo "htsr analyze $$source" && ../../$(BIN)/htsr analyze "$$source" && \
+	echo "htsr allocate --T $(T) --beta $(BETA)" && ../../$(BIN)/htsr allocate --T $(T) --beta $(BETA)
+
+test: .venv/test
+	@$(BIN)/python data/checkpoints.py minilm >/dev/null
+	@$(BIN)/python data/checkpoints.py smollm2 >/dev/null
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build
+
+# One environment; a stamp for each set of extras in it.
+.venv/bin/python:
+	@echo "creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+.venv/demo .venv/test: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing htsr_alloc[$*] and its dependencies into .venv"
+	@$(PIP) -e ".[$*]"
+	@touch $@
+
+.venv/lint: .venv/test
+	@$(PIP) -e ".[dev]"
+	@touch $@
