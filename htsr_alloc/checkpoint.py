@@ -98,7 +98,7 @@ class Checkpoint:
         scale_ref = self.scale_of(ref)
         if scale_ref is None:
             return raw
-        sliced = index is not None and len(scale_ref.shape) == len(ref.shape)
+        sliced = scale_ref.shape[:1] == ref.shape[:1]  # one scale an expert
         scale = self._map(scale_ref, index if sliced else None)
         return _apply_scale(raw, scale, self._block_size(), ref.name)
 
@@ -114,13 +114,15 @@ class Checkpoint:
     def _map(self, ref: TensorRef, index: int | None) -> torch.Tensor:
         import torch
 
+        if ref.dtype not in FLOAT_DTYPES:
+            raise HtsrError(f"{ref.name} is of dtype {ref.dtype}, which is not read.")
         size, dtype = FLOAT_DTYPES[ref.dtype]
         path = self.fetch(self.listing.shards[ref.shard])
         data_start, header = read_header(path, path.stat().st_mtime_ns)
-        entry = header[ref.name]
-        begin, end = (data_start + offset for offset in entry["data_offsets"])
-        if (entry["dtype"], tuple(entry["shape"])) != (ref.dtype, ref.shape):
+        entry = header.get(ref.name)
+        if entry is None or (entry["dtype"], tuple(entry["shape"])) != (ref.dtype, ref.shape):
             raise HtsrError(f"{path.name} changed while it was read: {ref.name} differs.")
+        begin, end = (data_start + offset for offset in entry["data_offsets"])
         shape = ref.shape
         if index is not None:
             shape = shape[1:]
@@ -143,8 +145,8 @@ class Checkpoint:
     def _block_size(self) -> tuple[int, int] | None:
         quantization = self.config.get("quantization_config")
         block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-        if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) for b in block):
-            return block[0], block[1]
+        if isinstance(block, list) and len(block) == 2 and all(type(b) is int for b in block):
+            return (block[0], block[1]) if min(block) > 0 else None
         return None
 
 
@@ -206,7 +208,14 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def _in_folder(folder: Path, shard: Shard) -> Path:
-    return folder / shard.name
+    path = folder / shard.name
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    if not shard.identity.startswith(f"{stat.st_size}:{stat.st_mtime_ns}:"):
+        raise HtsrError(f"{path} changed while it was read.", "Run the command again.")
+    return path
 
 
 def _apply_scale(
@@ -224,12 +233,19 @@ def _apply_scale(
         return (
             weight * factor.reshape(*factor.shape[:1], 1) if factor.ndim == 1 else weight * factor
         )
-    rows, columns = factor.shape[-2:] if factor.ndim >= 2 else (0, 0)
-    b0, b1 = block or (-(-m // rows) if rows else 0, -(-n // columns) if columns else 0)
-    if not rows or not columns or (-(-m // b0), -(-n // b1)) != (rows, columns):
+    rows, columns = factor.shape[-2:] if factor.ndim in (2, weight.ndim) else (0, 0)
+    b0, b1 = block or (_block_length(m, rows), _block_length(n, columns))
+    if not b0 or not b1 or (-(-m // b0), -(-n // b1)) != (rows, columns):
         raise HtsrError(
             f"The scale of {name} has shape {tuple(scale.shape)}, which fits neither its rows "
             f"nor blocks of its {m} x {n} weight."
         )
     spread = factor.repeat_interleave(b0, -2)[..., :m, :].repeat_interleave(b1, -1)[..., :n]
     return weight * spread
+
+
+def _block_length(length: int, blocks: int) -> int:
+    """Without a configuration: 128, as everybody has it, or an even share; 0 if neither fits."""
+    if -(-length // 128) == blocks:
+        return 128
+    return length // blocks if blocks and length % blocks == 0 else 0

@@ -1,0 +1,147 @@
+"""Fixtures shared by all tests: tiny checkpoints, the command run for real, reference data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Result(NamedTuple):
+    rc: int
+    stdout: str
+    stderr: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This environment without what would change the command's behaviour, and without a network."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HTSR_", "HUGGING", "COLUMNS", "FORCE_COLOR", "NO_COLOR"))
+    }
+    return {**kept, "HF_HUB_OFFLINE": "1", **changes}
+
+
+@pytest.fixture
+def run(tmp_path) -> Callable[..., Result]:
+    """Run ``htsr`` as a process of its own in ``tmp_path``."""
+
+    def go(*args: object, env: Mapping[str, str] | None = None, **options: Any) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-m", "htsr_alloc", *map(str, args)],
+            **{"cwd": tmp_path, "timeout": 120, "encoding": "utf-8", **options},
+            env=environment(**(env or {})),
+            capture_output=True,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return go
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch) -> Callable[..., Result]:
+    """The same command inside this process, which saves the import of torch."""
+    from typer.testing import CliRunner
+
+    from htsr_alloc.cli import app
+
+    for name in ("HTSR_DEBUG", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def go(*args: object) -> Result:
+        done = CliRunner().invoke(app, [str(arg) for arg in args])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Result(done.exit_code, done.stdout, done.stderr)
+
+    return go
+
+
+def llama(layers: int = 2, width: int = 64, inner: int = 96, seed: int = 0) -> dict[str, Any]:
+    """A tiny LLaMA's tensors, heavy-tailed enough for every estimator to have a tail."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        scale = torch.rand(columns, generator=generator) + 0.2
+        return torch.randn(rows, columns, generator=generator) * scale / columns**0.5
+
+    tensors = {"model.embed_tokens.weight": weight(32, width)}
+    for i in range(layers):
+        prefix = f"model.layers.{i}"
+        tensors[f"{prefix}.input_layernorm.weight"] = torch.ones(width)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{prefix}.self_attn.{name}.weight"] = weight(width, width)
+        tensors[f"{prefix}.mlp.gate_proj.weight"] = weight(inner, width)
+        tensors[f"{prefix}.mlp.up_proj.weight"] = weight(inner, width)
+        tensors[f"{prefix}.mlp.down_proj.weight"] = weight(width, inner)
+    tensors["model.norm.weight"] = torch.ones(width)
+    tensors["lm_head.weight"] = weight(32, width)
+    return tensors
+
+
+def write_shards(
+    folder: Path,
+    parts: Iterable[Mapping[str, Any]],
+    *,
+    index: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A folder of ``model-0000i-of-0000N.safetensors``; one part is ``model.safetensors``."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = list(parts)
+    weight_map = {}
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        name = "model.safetensors" if len(parts) == 1 else name
+        save_file(dict(part), folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    if index and len(parts) > 1:
+        text = json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(text)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A tiny LLaMA in one file, as the folder ``tmp_path / "tiny"``."""
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+    return write_shards(tmp_path / "tiny", [llama()], config=config)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Callable[[str], Path]:
+    """The folder of a real checkpoint (``python data/checkpoints.py NAME`` fetches it)."""
+
+    def find(name: str) -> Path:
+        folder = ROOT / ".cache" / "checkpoints" / name
+        if not folder.is_dir():
+            pytest.skip(f"no checkpoint {name}: run python data/checkpoints.py {name}")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of published values, which are read where they lie and never copied."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("no golden values beside the repository")
+    return folder
