@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr_alloc import __version__, files
-from htsr_alloc.checkpoint import Checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import fit
 from htsr_alloc.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.measure import measure, summarise, with_fit
+from htsr_alloc.reading import Checkpoint
 from htsr_alloc.records import (
     File,
     Matrix,

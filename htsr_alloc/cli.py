@@ -19,8 +19,8 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.screen import Screen
 
 if TYPE_CHECKING:
-    from htsr_alloc.checkpoint import Checkpoint
     from htsr_alloc.layers import LayerMap
+    from htsr_alloc.reading import Checkpoint
     from htsr_alloc.records import Metrics
 
 app = typer.Typer(

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from htsr_alloc.checkpoint import Checkpoint, open_folder
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.listing import Shard, choose_files, list_tensors, parse_object
+from htsr_alloc.local import open_folder
+from htsr_alloc.reading import Checkpoint
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from htsr_alloc.screen import Screen, bar, duration, size
 
 if TYPE_CHECKING:
-    from htsr_alloc.checkpoint import Checkpoint
     from htsr_alloc.cost import Cost
     from htsr_alloc.layers import LayerMap
+    from htsr_alloc.reading import Checkpoint
     from htsr_alloc.records import Allocation, Metrics
 
 
