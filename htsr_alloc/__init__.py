@@ -16,10 +16,8 @@ _PUBLIC = {
     "loads": "records",
     "dumps": "records",
     "open_checkpoint": "checkpoint",
-    "spectrum": "spectrum",
     "fit": "estimators",
     "analyze": "analysis",
-    "refit": "analysis",
     "allocate": "allocation",
     "Bounds": "allocation",
 }

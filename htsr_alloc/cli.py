@@ -16,7 +16,7 @@ import typer
 
 from htsr_alloc import __version__, views
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.screen import Screen
+from htsr_alloc.screen import Screen, parse_size
 
 if TYPE_CHECKING:
     from htsr_alloc.layers import LayerMap
@@ -132,6 +132,12 @@ def analyze(
     token: Token = None,
     cache_dir: CacheDir = None,
     offline: Offline = False,
+    workers: Annotated[
+        Optional[int], typer.Option(help="Threads, a matrix each; default one a core.")
+    ] = None,
+    max_memory: Annotated[
+        Optional[str], typer.Option(help="Bound on the whole process, as 8GB or 500MB.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget what an interrupted run finished.")
     ] = False,
@@ -143,13 +149,16 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Fit every weight matrix's spectrum and write MODEL.metrics.json, one value a layer."""
-    screen = Screen(as_json, quiet)
+    # Of torchrun's processes the first speaks.
+    screen = Screen(as_json, quiet or os.environ.get("RANK", "0") != "0")
     checkpoint = _open(source, revision, token, cache_dir, offline)
     if dry_run:
         _inspect(screen, checkpoint, include, exclude)
         return
-    from htsr_alloc import analysis, records
+    from htsr_alloc import analysis, decompose, records
     from htsr_alloc.spectrum import choose_device
+
+    limits = decompose.Limits(workers, parse_size(max_memory) if max_memory else None)
 
     chosen = choose_device(device)
     if device == "auto":
@@ -169,8 +178,10 @@ def analyze(
         name = checkpoint.name.rpartition("/")[2]
         run_files = analysis.RunFiles(output or Path(f"{name}.metrics.json"))
     metrics = analysis.analyze(
-        checkpoint, settings, run_files, restart=restart, progress=screen.progress
+        checkpoint, settings, run_files, limits=limits, restart=restart, progress=screen.progress
     )
+    if metrics is None:  # not the first rank
+        return
     if to_stdout:
         screen.text(records.dumps(metrics))
     else:
@@ -192,12 +203,12 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Estimate again from the kept spectra, without the checkpoint."""
-    from htsr_alloc import analysis
+    from htsr_alloc import analysis, refit
 
     screen = Screen(as_json, quiet)
     old = analysis.RunFiles(metrics)
     path = output or metrics.with_name(f"{old.stem}.{estimator}.metrics.json")
-    fitted = analysis.refit(metrics, analysis.RunFiles(path), estimator, bins)
+    fitted = refit.refit(metrics, analysis.RunFiles(path), estimator, bins)
     views.show_metrics(screen, fitted)
     screen.note(f"wrote {path}")
     _warn_unfitted(screen, fitted, strict)
@@ -325,9 +336,11 @@ def export(
 
 def _inspect(screen: Screen, checkpoint: Checkpoint, include, exclude) -> None:
     from htsr_alloc.cost import predict
+    from htsr_alloc.schedule import available_cores
 
     layer_map = _layer_map(checkpoint, include, exclude)
-    views.show_inspection(screen, checkpoint, layer_map, predict(layer_map.matrices))
+    cost = predict(layer_map.matrices, available_cores())
+    views.show_inspection(screen, checkpoint, layer_map, cost)
 
 
 def _layer_map(checkpoint: Checkpoint, include=None, exclude=None) -> LayerMap:

@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.layers import MatrixRef
+from htsr_alloc.listing import FLOAT_DTYPES
 
 BASE_BYTES = 350 << 20  # Python, torch and their buffers, resident
+ROW_CHUNK = 1024  # rows of a matrix upcast at a time: 32 MiB of float64 at 4096 columns
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops`` of all matrices together; ``peak_bytes`` of memory; ``seconds`` is rough."""
+    """``peak_bytes`` of memory, a bound; ``seconds``, rough."""
 
-    flops: float
     peak_bytes: int
-    seconds: float | None = None
+    seconds: float
 
 
-def flops(shape: tuple[int, int]) -> float:
-    """Gram matrix (2 m n^2) and tridiagonalisation (4/3 n^3) of an m x n matrix, m >= n."""
-    m, n = max(shape), min(shape)
-    return 2.0 * m * n * n + 4.0 / 3.0 * n**3
+def flops(matrix: MatrixRef) -> float:
+    """Gram matrix (m n^2, by symmetry) and tridiagonalisation (4/3 n^3), m >= n."""
+    m, n = max(matrix.shape), min(matrix.shape)
+    return float(m) * n * n + 4.0 / 3.0 * n**3
 
 
-def predict(matrices: Sequence[MatrixRef], trial_size: int = 768) -> Cost:
-    """Memory from the largest matrix; seconds from one trial of ``trial_size`` on this machine.
+def matrix_bytes(matrix: MatrixRef) -> int:
+    """What one matrix holds while it is decomposed: itself as stored (twice with a scale, as
+    float32), its Gram matrix, LAPACK's copy and workspace of it, and one chunk of rows."""
+    m, n = max(matrix.shape), min(matrix.shape)
+    size = FLOAT_DTYPES[matrix.ref.dtype][0]
+    stored = m * n * (size if size > 1 else 5)
+    return stored + 8 * n * (3 * n + 2 * ROW_CHUNK)
 
-    The trial costs about 0.1 s, and the import of torch.
-    """
-    import time
 
+def peak_bytes(matrices: Sequence[MatrixRef], workers: int) -> int:
+    """Memory of an analysis: the program, every eigenvalue, the largest matrices at once."""
+    largest = sorted((matrix_bytes(matrix) for matrix in matrices), reverse=True)[:workers]
+    return BASE_BYTES + spectra_bytes(matrices) + sum(largest)
+
+
+def spectra_bytes(matrices: Sequence[MatrixRef]) -> int:
+    """Eigenvalues, which stay to the end: as kept, as journaled and as written."""
+    return sum(3 * 8 * min(matrix.shape) for matrix in matrices)
+
+
+def predict(matrices: Sequence[MatrixRef], workers: int) -> Cost:
+    """Memory from the shapes; seconds from one trial on this machine (0.2 s, imports torch)."""
     import torch
 
     from htsr_alloc.spectrum import spectrum
 
-    total = sum(flops(matrix.shape) for matrix in matrices)
-    weight = torch.randn(trial_size, trial_size, generator=torch.Generator().manual_seed(0))
+    trial = 768
+    weight = torch.randn(trial, trial, generator=torch.Generator().manual_seed(0))
     times = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(3):
         start = time.perf_counter()
         spectrum(weight)
         times.append(time.perf_counter() - start)
-    seconds = total * min(times) / flops((trial_size, trial_size))
-    return Cost(total, peak_bytes(matrices), seconds)
-
-
-def peak_bytes(matrices: Sequence[MatrixRef]) -> int:
-    """Memory: two matrices as stored, one Gram matrix with its copy and workspace, one chunk."""
-    from htsr_alloc.listing import FLOAT_DTYPES
-    from htsr_alloc.spectrum import ROW_CHUNK
-
-    largest = 0
-    for matrix in matrices:
-        m, n = matrix.shape
-        stored = m * n * FLOAT_DTYPES[matrix.ref.dtype][0]
-        small = min(m, n)
-        largest = max(largest, 2 * stored + 8 * small * (3 * small + 2 * ROW_CHUNK))
-    return BASE_BYTES + largest
+    torch.set_num_threads(threads)
+    total = sum(flops(matrix) for matrix in matrices)
+    each = min(times) / (7.0 / 3.0 * trial**3)
+    longest = max((flops(matrix) for matrix in matrices), default=0.0)
+    return Cost(peak_bytes(matrices, workers), each * max(total / workers, longest))

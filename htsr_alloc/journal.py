@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.files import cannot
+from htsr_alloc.files import cannot, read_bytes
 from htsr_alloc.spectrum import Spectrum
+
+
+START = b'{"format": "htsr.journal"'
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Journal:
                 self._file.truncate(0)
             self._load(dict(identity))
         except BaseException:
-            self._file.close()
+            self.__exit__()
             raise
 
     def add(self, name: str, entry: Entry) -> None:
@@ -83,49 +87,26 @@ class Journal:
             }
         )
 
-    def close(self, *, remove: bool = False) -> None:
-        """Release the lock; ``remove`` when the results are safely written elsewhere."""
-        if remove:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+    def remove(self) -> None:
+        """Delete the file: the results are safely written elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # what could not be written was told by _append
+            self._file.close()  # and with it the lock
 
     def _load(self, identity: dict[str, Any]) -> None:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
-        whole = sum(len(line) + 1 for line in lines[:-1])  # what follows the last newline is torn
+        text = self._file.read()
+        whole = text.rfind(b"\n") + 1  # what follows the last newline is torn
+        if whole or not START.startswith(text[: len(START)]):
+            self.entries = _parse(text[:whole], identity, self.path)
         self._file.truncate(whole)
-        if not lines[:-1]:
+        if not whole:
             self._append({"format": "htsr.journal", "identity": identity})
-            return
-        try:
-            found = json.loads(lines[0])["identity"]
-            for line in lines[1:-1]:
-                record = json.loads(line)
-                windows = record["windows"]
-                self.entries[record["name"]] = Entry(
-                    Spectrum(
-                        _decode(record["eigenvalues"]),
-                        record["n_zero"],
-                        record["engine"],
-                        None if windows is None else _decode(windows),
-                        record["reason"],
-                    ),
-                    record["sha256"],
-                )
-        except (ValueError, KeyError, TypeError) as error:
-            raise HtsrError(
-                f"{self.path} is damaged ({type(error).__name__}).", "Start over with --restart."
-            ) from error
-        if not isinstance(found, dict):
-            found = {}
-        for key in sorted(set(identity) | set(found)):
-            if identity.get(key) != found.get(key):
-                raise HtsrError(
-                    f"{self.path} is of a run with another {key} "
-                    f"({_brief(found.get(key))}; now {_brief(identity.get(key))}).",
-                    "Run it as before, start over with --restart, or choose another output "
-                    "with -o.",
-                )
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
@@ -136,12 +117,56 @@ class Journal:
             raise cannot("write", self.path, error) from error
 
 
+def read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Entry]:
+    """The whole lines of a journal that this process does not own; nothing is changed.
+
+    Raises:
+        HtsrError: as ``Journal``.
+    """
+    text = read_bytes(path)
+    text = text[: text.rfind(b"\n") + 1]
+    return _parse(text, dict(identity), path) if text else {}
+
+
+def _parse(text: bytes, identity: dict[str, Any], path: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    try:
+        header, *lines = text.splitlines()
+        found = json.loads(header)["identity"]
+        for line in lines:
+            record = json.loads(line)
+            windows = record["windows"]
+            spectrum = Spectrum(
+                _decode(record["eigenvalues"]),
+                record["n_zero"],
+                record["engine"],
+                None if windows is None else _decode(windows),
+                record["reason"],
+            )
+            bytes.fromhex(record["sha256"])
+            entries[record["name"]] = Entry(spectrum, record["sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HtsrError(
+            f"{path} is damaged ({type(error).__name__}).", "Start over with --restart."
+        ) from error
+    if not isinstance(found, dict):
+        found = {}
+    for key in sorted(set(identity) | set(found)):
+        if identity.get(key) != found.get(key):
+            raise HtsrError(
+                f"{path} is of a run with another {key} "
+                f"({_brief(found.get(key))}; now {_brief(identity.get(key))}).",
+                "Run it as before, start over with --restart, or choose another output with -o.",
+            )
+    return entries
+
+
 def _encode(values: np.ndarray) -> str:
     return base64.b64encode(values.astype("<f8").tobytes()).decode()
 
 
 def _decode(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").astype(np.float64)
 
 
 def _brief(value: Any) -> str:

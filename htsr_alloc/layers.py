@@ -16,7 +16,8 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
 
 # The word before a block's number, by the families that use it. A number after any other word
-# makes a block only when the same weights recur under at least two numbers.
+# makes a block only when the same weights recur under at least two numbers; and bare weights
+# (``mlp.0.weight``, ``mlp.2.weight`` of a projector or head) only when there are no better blocks.
 STACK_WORDS = {
     "layers": "LLaMA, Mistral, Qwen, Gemma, Phi, SmolLM, Mixtral, DeepSeek, OPT, GPT-NeoX, Whisper",
     "h": "GPT-2, GPT-J, Falcon, BLOOM, Phi-1",
@@ -30,7 +31,7 @@ STACK_WORDS = {
 # Tensors that are no weight matrix of a block, wherever they stand.
 SKIPPED_NAMES = (
     (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
-    (r"(inv_freq|masked_bias|cos_cached|sin_cached)", "buffer"),
+    (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
     (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
     (r"experts\.mlp\.[wv]\d", "DBRX stacks its experts in a 2-d tensor, which is not split"),
 )
@@ -44,6 +45,7 @@ ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
 
 MAX_BLOCKS = 10_000
 EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
     recurring: dict[tuple[str, str], set[int]] = defaultdict(set)
     for ref in tensors:
         parts = ref.name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdecimal() and i > 0]
+        numbers = [i for i, part in enumerate(parts) if NUMBER.fullmatch(part) and i > 0]
         known = [i for i in numbers if parts[i - 1] in STACK_WORDS]
         if known:
             places[ref.name] = (".".join(parts[: known[0]]), int(parts[known[0]]))
@@ -182,9 +184,12 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
             for i in numbers:
                 stack, inner = ".".join(parts[:i]), ".".join(parts[i + 1 :])
                 recurring[stack, inner].add(int(parts[i]))
-    repeated = {stack for (stack, _), found in recurring.items() if len(found) > 1}
+    repeated = {key for key, found in recurring.items() if len(found) > 1}
+    if places or any("." in inner for _, inner in repeated):
+        repeated = {(stack, inner) for stack, inner in repeated if "." in inner}
+    stacks = {stack for stack, _ in repeated}
     for name, candidates in unknown.items():
-        place = next((c for c in candidates if c[0] in repeated), None)
+        place = next((c for c in candidates if c[0] in stacks), None)
         if place is not None:
             places[name] = place
     return places
@@ -216,6 +221,8 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return None
     if dims == 3 and not EXPERT_WORD.search(name):
         return "3-d, and not a stack of experts (convolution?)"
+    if dims == 3 and ref.shape[0] == 0:
+        return "empty"
     if mixture and re.search(rf"\.{ROUTER_NAMES}$", base) and "expert" not in base.split(".")[-2]:
         return "router"
     if dims == 2 and not name.endswith("weight"):
@@ -236,7 +243,7 @@ def _expert_position(name: str) -> int | None:
     """Where in the dotted name the expert's number stands: right after a word like experts."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        if parts[i].isdecimal() and EXPERT_WORD.search(parts[i - 1]):
+        if NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
             return i
     return None
 

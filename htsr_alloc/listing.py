@@ -33,9 +33,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_FORMATS = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
 
 
-def natural(text: str) -> list[int | str]:
+def natural(text: str) -> list[str | tuple[int, str]]:
     """A sort key under which ``layers.10`` follows ``layers.9``."""
-    return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", text)]
+    parts = re.split(r"0*([0-9]+)", text)  # words at even places, numbers at odd ones
+    return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Screen:
         if self.quiet or not self._err.is_terminal:
             yield from stream
             return
-        total = sum(flops(matrix.shape) for matrix in layer_map.matrices)
+        total = sum(flops(matrix) for matrix in layer_map.matrices)
         columns = (
             BarColumn(),
             TextColumn("{task.fields[count]}/" + str(len(layer_map.matrices))),
@@ -107,7 +107,7 @@ class Screen:
                 said = f"layer {matrix.layer} {clean(matrix.role)}"
                 bar.update(
                     task,
-                    advance=flops(matrix.shape),
+                    advance=flops(matrix),
                     count=count,
                     description=said + (" (resumed)" if resumed else ""),
                 )
@@ -134,6 +134,19 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """``8GB``, ``500 MB``, ``1.5GiB`` or plain bytes.
+
+    Raises:
+        HtsrError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise HtsrError(f"{text!r} is no size such as 8GB or 500MB.")
+    power = "kmgt".find(match[2].lower()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def duration(seconds: float) -> str:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from htsr_alloc.cost import ROW_CHUNK
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 EPS = float(np.finfo(np.float64).eps)
-ROW_CHUNK = 1024  # rows upcast at a time: 32 MiB of float64 at 4096 columns
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from htsr_alloc.analysis import RunFiles, analyze, refit
+from htsr_alloc.analysis import RunFiles, analyze
 from htsr_alloc.checkpoint import open_checkpoint
 from htsr_alloc.estimators import ESTIMATORS, fit
 from htsr_alloc.records import Metrics, Settings, loads
+from htsr_alloc.refit import refit
 
 ROOT = Path(__file__).parent.parent
 WEIGHTWATCHER = Path(__file__).parent / "fixtures" / "weightwatcher.json"

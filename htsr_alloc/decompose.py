@@ -1,0 +1,90 @@
+"""Matrices to spectra: in which order, on which devices, under which bound on memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from htsr_alloc import schedule
+from htsr_alloc.cost import BASE_BYTES, flops, matrix_bytes, spectra_bytes
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.journal import Entry
+from htsr_alloc.layers import MatrixRef
+from htsr_alloc.reading import Checkpoint
+from htsr_alloc.records import Settings
+from htsr_alloc.spectrum import spectrum
+
+THREADS_PER_GPU = 2  # one reads and copies while the other's matrix is decomposed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``workers`` threads (default: one a core, two a GPU) and ``max_memory`` bytes of the whole
+    process (default: what the workers need)."""
+
+    workers: int | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise HtsrError(f"--workers must be at least 1, not {self.workers}.")
+
+
+def decompose_all(
+    checkpoint: Checkpoint, matrices: Sequence[MatrixRef], settings: Settings, limits: Limits
+) -> Iterator[tuple[MatrixRef, Entry]]:
+    """Each matrix with its spectrum and hash, as they finish.
+
+    The largest come first, so that no worker is left alone with one at the end; where shards are
+    downloaded, those of a shard come together.
+    """
+    devices = _devices(settings.device)
+    threads = THREADS_PER_GPU * len(devices) if devices[0].type == "cuda" else None
+    workers = limits.workers or threads or schedule.available_cores()
+    by_shard = checkpoint.revision is not None
+    tasks = sorted(matrices, key=lambda m: (m.ref.shard if by_shard else 0, -flops(m), m.name))
+    if limits.max_memory is not None:
+        budget = limits.max_memory - BASE_BYTES - spectra_bytes(matrices)
+    else:
+        budget = sum(sorted(map(matrix_bytes, matrices), reverse=True)[:workers])
+    here = threading.local()
+    free = devices * workers  # each thread takes the next: devices in turn
+    lock = threading.Lock()
+
+    def start_thread() -> None:
+        torch.set_num_threads(1)  # torch keeps this number for each thread
+        with lock:
+            here.device = free.pop(0)
+        if here.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(here.device))
+
+    def work(matrix: MatrixRef) -> Entry:
+        digest = checkpoint.digest(matrix.ref, matrix.index)  # reading the file in, as well
+        weight = checkpoint.read(matrix.ref, matrix.index)
+        if here.device.type == "cuda":
+            weight = weight.pin_memory()
+        found = spectrum(weight, engine=settings.engine, device=here.device, farms=settings.farms)
+        return Entry(found, digest)
+
+    return schedule.run(
+        tasks,
+        work,
+        workers=min(workers, max(1, len(tasks))),
+        cost=matrix_bytes,
+        budget=budget,
+        start_thread=start_thread,
+    )
+
+
+def _devices(name: str) -> list[torch.device]:
+    """``cuda`` is every GPU (under torchrun, this process's), ``cuda:N`` that one."""
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        own = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        return [torch.device("cuda", own)]
+    if name == "cuda":
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [torch.device(name)]

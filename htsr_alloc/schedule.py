@@ -1,0 +1,76 @@
+"""Matrices over single-thread workers, under a bound on memory.
+
+One matrix a thread beats all threads on one matrix: the linear algebra's own threads wait for each
+other, the more so on a busy machine. Torch and LAPACK release the GIL, so that threads suffice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from htsr_alloc.errors import HtsrError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Processors for this process; torchrun's processes on one machine share them."""
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def run(
+    tasks: Sequence[Task],
+    work: Callable[[Task], Result],
+    *,
+    workers: int,
+    cost: Callable[[Task], int],
+    budget: int,
+    start_thread: Callable[[], None] | None = None,
+) -> Iterator[tuple[Task, Result]]:
+    """Run ``work`` on every task and yield (task, result) as they finish.
+
+    Tasks start in the order given; one that does not fit into what is left of ``budget`` is
+    passed over for the first later one that does.
+
+    Args:
+        workers: threads.
+        cost: bytes a task holds while it runs.
+        budget: bytes that all running tasks together may hold.
+        start_thread: called once in each thread.
+
+    Raises:
+        HtsrError: a single task costs more than the budget, before any work is done.
+        Exception: whatever ``work`` raised first; what runs is left to end, the rest dropped.
+    """
+    costs = [cost(task) for task in tasks]
+    if costs and max(costs) > budget:
+        raise HtsrError(
+            f"One matrix takes {max(costs) / 1e6:.0f} MB, more than the {budget / 1e6:.0f} MB "
+            "that are allowed for matrices.",
+            "Raise --max-memory.",
+        )
+    waiting = list(range(len(tasks)))
+    running: dict[Future[Result], int] = {}
+    pool = ThreadPoolExecutor(workers, "htsr", start_thread)
+    try:
+        while waiting or running:
+            used = sum(costs[i] for i in running.values())
+            position = 0
+            while len(running) < workers and position < len(waiting):
+                i = waiting[position]
+                if used + costs[i] <= budget:
+                    running[pool.submit(work, tasks[i])] = waiting.pop(position)
+                    used += costs[i]
+                else:
+                    position += 1
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield tasks[running.pop(future)], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
