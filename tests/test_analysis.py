@@ -178,8 +178,8 @@ def test_matrices_without_a_spectrum_are_marked_and_the_run_goes_on(tmp_path):
 
 
 def test_low_rank_is_marked_and_its_zeros_are_counted(tmp_path):
-    weight = randn(80, 60) @ randn(60, 70, seed=1)
-    write_shards(tmp_path / "m", [{"h.0.w.weight": weight.double()}])
+    weight = randn(80, 60).double() @ randn(60, 70, seed=1).double()
+    write_shards(tmp_path / "m", [{"h.0.w.weight": weight}])
     (matrix,) = analyze(open_checkpoint(tmp_path / "m"), settings()).matrices
     assert (matrix.n_eigs, matrix.n_zero, matrix.status) == (60, 10, "marked")
     assert "10 of 70 eigenvalues are zero" in matrix.reason
@@ -497,6 +497,7 @@ def test_interrupted_stopped_killed_and_run_again(busy, tmp_path, invoke):
 
 # --- memory ---------------------------------------------------------------------------------
 
+WORKERS = "1"
 MEASURE = """
     import resource, sys
     from htsr_alloc.cli import app
@@ -510,7 +511,7 @@ def peak_memory(folder, side, count):
     tensors = {f"h.{i}.mlp.w.weight": weight.roll(i, 0).contiguous() for i in range(count)}
     write_shards(folder, [tensors])
     script = textwrap.dedent(MEASURE)
-    arguments = ["analyze", str(folder), "-q", "-o", str(folder / "m.metrics.json"), "--json"]
+    arguments = ["analyze", str(folder), "-q", "--workers", WORKERS, "-o", str(folder / "m.metrics.json"), "--json"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=environment(),
