@@ -20,7 +20,8 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, OK
 
 FEW = 50  # a fit to fewer eigenvalues is marked (METHODS 2)
-CHUNK = 1 << 20  # elements of the candidates x eigenvalues array made at a time (8 MiB)
+PROBES = 32  # values at which a start's distance is bounded first
+CHUNK = 1 << 17  # elements of the starts x eigenvalues array made at a time (1 MiB)
 
 
 @dataclass(frozen=True)
@@ -140,31 +141,40 @@ def _hill(logs: np.ndarray) -> np.ndarray:
         return np.where(spread > 0, 1 + n / np.where(spread > 0, spread, 1), np.inf)
 
 
-def _distances(tails: _Tails, starts: np.ndarray) -> np.ndarray:
-    """D_i for each start; inf where alpha_i is not finite. (C,) -> (C,)"""
+def _deviations(tails: _Tails, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """| model - empirical | of D_i at j, where j >= i; 0 where j < i. Broadcasts i with j."""
     total = len(tails.logs)
-    out = np.full(len(starts), np.inf)
-    usable = np.flatnonzero(np.isfinite(tails.alphas[starts]))
-    step = max(1, CHUNK // total)
-    for at in range(0, len(usable), step):
-        part = usable[at : at + step]
-        i = starts[part][:, None]  # (c, 1)
-        j = np.arange(int(i.min()), total)[None, :]  # (1, J)
-        ratio = tails.logs[j] - tails.logs[i]  # negative before the start
-        model = 1 - np.exp((1 - tails.alphas[i]) * np.maximum(ratio, 0))
-        distance = np.abs(model - (j - i) / (total - i))
-        out[part] = np.where(j >= i, distance, 0).max(axis=1)
-    return out
+    ratio = np.maximum(tails.logs[j] - tails.logs[i], 0)
+    found = np.abs(1 - np.exp((1 - tails.alphas[i]) * ratio) - (j - i) / (total - i))
+    return np.where(j >= i, found, 0)
 
 
 def _best(tails: _Tails, allowed: np.ndarray) -> int | None:
-    """The first start with the least D among the allowed ones, the last value excepted."""
-    starts = np.flatnonzero(allowed[:-1])
+    """The first start with the least D among the allowed ones, the last value excepted.
+
+    Deviations at a few j bound D_i from below, which rules most starts out: the rest, in the
+    order of their bounds, are computed in full until no bound is left below the best.
+    """
+    starts = np.flatnonzero(allowed[:-1] & np.isfinite(tails.alphas[:-1]))
     if not len(starts):
         return None
-    distances = _distances(tails, starts)
-    best = int(distances.argmin())
-    return int(starts[best]) if np.isfinite(distances[best]) else None
+    total = len(tails.logs)
+    probes = starts[:, None] + (total - 1 - starts[:, None]) * np.arange(PROBES) // (PROBES - 1)
+    bounds = _deviations(tails, starts[:, None], probes).max(axis=1)
+    order = np.argsort(bounds, kind="stable")
+    step = max(1, CHUNK // total)
+    least, best = np.inf, -1
+    for at in range(0, len(order), step):
+        part = order[at : at + step]
+        if bounds[part[0]] > least * (1 + 1e-9):  # more than exp's rounding can hide
+            break
+        j = np.arange(int(starts[part].min()), total)[None, :]
+        full = _deviations(tails, starts[part][:, None], j).max(axis=1)
+        nearest = full.min()
+        first = int(starts[part][full == nearest].min())
+        if nearest < least or (nearest == least and first < best):
+            least, best = nearest, first
+    return best
 
 
 def _official(tails: _Tails) -> int | None:

@@ -63,7 +63,8 @@ def to_peft_rank(
 
     Raises:
         HtsrError: no layer prefixes in the allocation, nothing to target, a prefix without
-            modules, or a pattern that does not match exactly one module.
+            modules, modules of a prefix that is not in the allocation, or a pattern that does not
+            match exactly one module.
     """
     layers = [(row.prefix, row.experts) for row in allocation.evidence]
     if not layers or any(prefix is None for prefix, _ in layers):
@@ -75,6 +76,12 @@ def to_peft_rank(
         raise HtsrError(
             "PEFT must be told which modules to adapt.",
             "Give --model, or --target q_proj --target v_proj ...",
+        )
+    unknown = sorted(set(modules or ()) - {prefix for prefix, _ in layers if prefix})
+    if unknown:
+        raise HtsrError(
+            f"The model has {unknown[0]}, which is not in the allocation.",
+            "Give the model that the allocation was made for.",
         )
     ranks: dict[str, int] = {}
     targets: list[str] = []

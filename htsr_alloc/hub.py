@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.listing import Shard, choose_files, list_tensors, parse_object
+from htsr_alloc.listing import Shard, choose_files, list_tensors, local_header, parse_object
 from htsr_alloc.local import open_folder
 from htsr_alloc.reading import Checkpoint
 
@@ -56,11 +57,11 @@ def open_hub(
     commit, sizes = info.sha, {f.rfilename: f.size for f in info.siblings or ()}
     hashes = {f.rfilename: f.blob_id for f in info.siblings or ()}
 
-    def download(name: str) -> Path:
+    def download(name: str, at: str | None = commit) -> Path:
         with _sentences(repo_id, revision):
             return Path(
                 huggingface_hub.hf_hub_download(
-                    repo_id, name, revision=commit, cache_dir=cache_dir, token=token
+                    repo_id, name, revision=at, cache_dir=cache_dir, token=token
                 )
             )
 
@@ -81,7 +82,20 @@ def open_hub(
     files, index = choose_files(names, lambda name: download(name).read_bytes(), repo_id)
     config_name = next((n for n in ("config.json", "adapter_config.json") if n in names), None)
     config = parse_object(download(config_name).read_bytes(), config_name) if config_name else {}
-    fetch = functools.lru_cache(maxsize=None)(lambda shard: download(shard.name))
+    lock = threading.Lock()
+
+    @functools.cache
+    def whole(shard: Shard) -> Path:
+        path = download(shard.name)
+        local_header(path)  # the ranges showed a header that may not fit the file
+        return path
+
+    def fetch(shard: Shard) -> Path:
+        with lock:  # one at a time, whatever the number of workers
+            return whole(shard)
+
+    if config_name:  # by its branch's name too, which the cache then knows offline
+        download(config_name, revision)
     return Checkpoint(repo_id, commit, config, list_tensors(files, index, header_of), fetch)
 
 

@@ -23,7 +23,6 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, read_bytes
 from htsr_alloc.spectrum import Spectrum
 
-
 START = b'{"format": "htsr.journal"'
 
 

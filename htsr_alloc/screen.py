@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +24,7 @@ from rich.text import Text
 
 from htsr_alloc.cost import flops
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.files import cannot
 
 PIPE_WIDTH = 200  # columns assumed when the output is no terminal: nothing is cut there
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -42,14 +46,16 @@ class Screen:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._out = Console(
-            highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False
-        )
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a bar in a locale that has none
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def text(self, text: str) -> None:
-        """A result that is text already, unchanged."""
-        sys.stdout.write(text)
+        """A result that is text already, unchanged unless it could drive a terminal."""
+        if sys.stdout.isatty():
+            text = "\n".join(clean(line) for line in text.split("\n"))
+        _write(text)
 
     def result(self, data: Any) -> None:
         """A result as JSON."""
@@ -65,7 +71,12 @@ class Screen:
             table.add_column(name, justify=where, overflow="fold")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
-        self._out.print(table)
+        rendered, terminal = io.StringIO(), sys.stdout.isatty()
+        console = Console(
+            file=rendered, force_terminal=terminal or None, width=None if terminal else PIPE_WIDTH
+        )
+        console.print(table, highlight=False)
+        _write(rendered.getvalue())
 
     def note(self, message: str) -> None:
         """Something to know, on stderr."""
@@ -112,6 +123,19 @@ class Screen:
                     description=said + (" (resumed)" if resumed else ""),
                 )
                 yield item
+
+
+def _write(text: str) -> None:
+    """To stdout, all of it, or an error: a full disk must not look like success."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still buffered would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise cannot("write", Path("stdout"), error) from error
 
 
 def _cell(value: object) -> str:
