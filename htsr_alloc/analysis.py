@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from htsr_alloc import __version__, files
+from htsr_alloc import __version__, files, lapack
 from htsr_alloc.cost import flops
 from htsr_alloc.decompose import Limits, decompose_all
 from htsr_alloc.errors import HtsrError
@@ -196,12 +196,14 @@ def _write(metrics: Metrics, entries: dict[str, Entry], output: RunFiles) -> Met
 
 def _identity(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
     """All that a spectrum depends on, as JSON."""
-    farms = settings.farms
+    farms, library = settings.farms, lapack.load()
     return {
         "htsr version": __version__,
         "checkpoint": checkpoint.revision
         or [[s.name, s.identity] for s in checkpoint.listing.shards],
         "engine": settings.engine,
+        "linear algebra": library.name if library else "torch",
+        "bins": settings.bins,
         "device": settings.device.partition(":")[0],
         "farms": [farms.rows, farms.ratio, farms.windows] if farms else None,
     }

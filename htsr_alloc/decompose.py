@@ -11,6 +11,7 @@ import torch
 
 from htsr_alloc import schedule
 from htsr_alloc.cost import BASE_BYTES, flops, matrix_bytes, spectra_bytes
+from htsr_alloc.engines import check_engine
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.journal import Entry
 from htsr_alloc.layers import MatrixRef
@@ -43,6 +44,7 @@ def decompose_all(
     downloaded, those of a shard come together.
     """
     devices = _devices(settings.device)
+    check_engine(settings.engine, devices[0])
     threads = THREADS_PER_GPU * len(devices) if devices[0].type == "cuda" else None
     workers = limits.workers or threads or schedule.available_cores()
     by_shard = checkpoint.revision is not None
@@ -67,7 +69,13 @@ def decompose_all(
         weight = checkpoint.read(matrix.ref, matrix.index)
         if here.device.type == "cuda":
             weight = weight.pin_memory()
-        found = spectrum(weight, engine=settings.engine, device=here.device, farms=settings.farms)
+        found = spectrum(
+            weight,
+            engine=settings.engine,
+            device=here.device,
+            farms=settings.farms,
+            bins=settings.bins,
+        )
         return Entry(found, digest)
 
     return schedule.run(

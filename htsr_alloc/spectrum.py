@@ -1,19 +1,19 @@
 """A weight matrix's spectrum: the eigenvalues of W^T W, exactly.
 
-The seam for engines is ``ENGINES``: a function from a tall matrix to the n eigenvalues of its
-smaller Gram matrix. What counts as zero is decided here, once for all of them.
+Engines (engines.py) compute eigenvalues; what counts as zero, and what a matrix without a
+spectrum is, is decided here, once for all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from htsr_alloc.cost import ROW_CHUNK
+from htsr_alloc.engines import ENGINES, check_engine
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
 
@@ -41,15 +41,13 @@ class Spectrum:
     reason: str | None = None
 
 
-Engine = Callable[[torch.Tensor], torch.Tensor]
-
-
 def spectrum(
     weight: torch.Tensor,
     *,
     engine: str = "auto",
     device: str | torch.device = "cpu",
     farms: Farms | None = None,
+    bins: int = 100,
 ) -> Spectrum:
     """Eigenvalues of W^T W for one matrix (METHODS: the squared singular values).
 
@@ -58,6 +56,8 @@ def spectrum(
         engine: a key of ``ENGINES``.
         device: where the float64 work runs. Out of GPU memory, the CPU takes over, which
             ``Spectrum.engine`` tells.
+        bins: of the histogram that will be fitted: ``auto`` uses float32 only where that moves
+            no eigenvalue into or out of its peak.
         farms: also pool the eigenvalues of these windows (float64 svdvals of each).
 
     Returns:
@@ -70,8 +70,7 @@ def spectrum(
     zero. When there are any, float64 svdvals decides: singular values at or below
     max(m, n) * eps * s_max are zeros and dropped, and all others are squared.
     """
-    if engine not in ENGINES:
-        raise HtsrError(f"There is no engine {engine!r}.", f"Choose from {', '.join(ENGINES)}.")
+    check_engine(engine, device)
     if weight.ndim != 2 or not weight.is_floating_point():
         raise HtsrError(f"A spectrum needs a float matrix, not {weight.ndim}-d {weight.dtype}.")
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
@@ -81,12 +80,12 @@ def spectrum(
     tall = _scaled(tall, exponent)
     device = torch.device(device)
     try:
-        result = _decompose(tall.to(device), engine)
+        result = _decompose(tall.to(device), engine, bins)
     except (torch.OutOfMemoryError, LinAlgError) as error:
         if device.type == "cpu":
             raise
         why = "no convergence" if isinstance(error, LinAlgError) else "out of memory"
-        fallback = _decompose(tall, engine)
+        fallback = _decompose(tall, engine, bins)
         result = replace(fallback, engine=f"{fallback.engine} on the CPU ({device}: {why})")
     windows = _windows(_scaled(weight, exponent), farms) if farms else None
     with np.errstate(over="ignore", under="ignore"):
@@ -126,33 +125,24 @@ def _scaled(weight: torch.Tensor, exponent: int) -> torch.Tensor:
     return weight * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent)
 
 
-def _decompose(tall: torch.Tensor, engine: str) -> Spectrum:
+def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
     """Spectrum of a finite, non-zero (m, n) matrix with m >= n, on the device it is on."""
-    values = ENGINES[engine](tall).cpu().numpy()
-    n = tall.shape[1]
-    name = "float64 Gram"
+    values, name = ENGINES[engine](tall, bins)
+    m, n = tall.shape
     if values[0] > n * EPS * values[-1]:
         return Spectrum(values, engine=name)
-    singular = torch.linalg.svdvals(tall.double()).flip(0).cpu().numpy()
-    kept = singular[singular > tall.shape[0] * EPS * singular[-1]]
+    singular = torch.linalg.svdvals(_triangle(tall)).flip(0).cpu().numpy()
+    kept = singular[singular > m * EPS * singular[-1]]
     return Spectrum(kept**2, n_zero=n - len(kept), engine="float64 svdvals")
 
 
-def gram(tall: torch.Tensor) -> torch.Tensor:
-    """W^T W in float64, accumulated over chunks of rows. (m, n) -> (n, n)."""
+def _triangle(tall: torch.Tensor) -> torch.Tensor:
+    """R of W = QR in float64, (n, n), from n rows at a time: memory does not grow with m."""
     n = tall.shape[1]
-    total = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
-    for rows in tall.split(ROW_CHUNK):
-        wide = rows.double()
-        total.addmm_(wide.T, wide)
-    return total
-
-
-def _exact(tall: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.eigvalsh(gram(tall))
-
-
-ENGINES: dict[str, Engine] = {"auto": _exact, "portable": _exact}
+    upper = torch.empty(0, n, dtype=torch.float64, device=tall.device)
+    for rows in tall.split(n):
+        upper = torch.linalg.qr(torch.cat([upper, rows.double()]), mode="r").R
+    return upper
 
 
 def _windows(weight: torch.Tensor, farms: Farms) -> np.ndarray:

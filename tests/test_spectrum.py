@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from htsr_alloc.engines import ENGINES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
-from htsr_alloc.spectrum import ENGINES, choose_device, gram, spectrum
+from htsr_alloc.spectrum import choose_device, spectrum
 
 
 def weights(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -31,8 +32,13 @@ def test_equals_numpys_svd(shape, dtype, engine):
     found = spectrum(weight, engine=engine)
     expected = reference(weight)
     assert len(found.eigenvalues) + found.n_zero == min(shape)
-    # A Gram matrix is exact to eps * lambda_max, absolutely.
-    np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-12, atol=1e-13 * expected[-1])
+    if engine == "fast":  # float32 keeps singular values to eps32 * s_max, absolutely
+        error = np.abs(np.sqrt(found.eigenvalues) - np.sqrt(expected))
+        assert error.max() < 1e-6 * np.sqrt(expected[-1])
+    else:  # a Gram matrix keeps eigenvalues to eps64 * lambda_max, absolutely
+        np.testing.assert_allclose(
+            found.eigenvalues, expected, rtol=1e-12, atol=1e-13 * expected[-1]
+        )
     assert (np.diff(found.eigenvalues) >= 0).all()
     assert found.eigenvalues.dtype == np.float64
 
@@ -40,12 +46,6 @@ def test_equals_numpys_svd(shape, dtype, engine):
 def test_float8_is_upcast_exactly():
     weight = weights(50, 20).to(torch.float8_e4m3fn)
     np.testing.assert_allclose(spectrum(weight).eigenvalues, reference(weight), rtol=1e-11)
-
-
-def test_gram_is_the_product_of_all_chunks():
-    weight = weights(3000, 17, dtype=torch.bfloat16)
-    expected = weight.double().T @ weight.double()
-    torch.testing.assert_close(gram(weight), expected, rtol=1e-13, atol=1e-11)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 19])
