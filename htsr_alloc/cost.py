@@ -10,7 +10,7 @@ from htsr_alloc.layers import MatrixRef
 from htsr_alloc.listing import FLOAT_DTYPES
 
 BASE_BYTES = 350 << 20  # Python, torch and their buffers, resident
-ROW_CHUNK = 1024  # rows of a matrix upcast at a time: 32 MiB of float64 at 4096 columns
+ROW_CHUNK = 512  # rows of a matrix upcast at a time: 16 MiB of float64 at 4096 columns
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Every engine on one thread, by shape: time, share of the measured gemm peak, error.
+
+    python benchmarks/engines.py [--shapes 512x512 4096x4096 11008x4096] [--repeats 2]
+
+CPU seconds of the thread, minimum of the repeats. The share counts m n^2 + 4/3 n^3 flops (the Gram
+matrix by symmetry, the tridiagonalisation) against gemm's rate in the engine's own precision,
+measured in the same run. The error is that of the least, the largest and alpha (`official`)
+against float64 svdvals, which --no-error leaves out: it takes longest by far.
+"""
+
+import argparse
+import time
+
+import torch
+from peers import alpha_peak
+from synthetic import weight
+
+from htsr_alloc import engines, lapack
+from htsr_alloc.estimators import fit
+
+SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
+
+
+def clock(function, repeats: int) -> tuple[float, object]:
+    """(least CPU seconds of this thread, result)."""
+    best, result = float("inf"), None
+    for _ in range(repeats):
+        start = time.thread_time()
+        result = function()
+        best = min(best, time.thread_time() - start)
+    return best, result
+
+
+def gemm_peak(dtype: torch.dtype, n: int = 2048) -> float:
+    """flop/s of one n x n x n product on one thread, by the faster of torch and OpenBLAS."""
+    a = torch.randn(n, n, dtype=dtype)
+    seconds = [clock(lambda: a @ a, 3)[0]]
+    library = lapack.load()
+    if library is not None:
+        x, out = a.numpy().T, torch.empty_like(a).numpy().T
+        seconds.append(clock(lambda: library.gemm("N", "N", 1.0, x, x, 0.0, out), 3)[0])
+    return 2 * n**3 / min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--no-error", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    peak = {"float64": gemm_peak(torch.float64), "float32": gemm_peak(torch.float32)}
+    print("gemm peak of one core, GFLOP/s:", {k: round(v / 1e9) for k, v in peak.items()})
+    print(
+        f"{'shape':>11} {'engine':>13} {'CPU s':>8} {'of peak':>8}   errors: least, largest, alpha"
+    )
+    for text in arguments.shapes:
+        m, n = (int(x) for x in text.split("x"))
+        matrix = weight(m, n, torch.Generator().manual_seed(0))
+        flops = min(m, n) ** 2 * max(m, n) + 4 / 3 * min(m, n) ** 3
+        tall = matrix if m >= n else matrix.T
+        exact = None
+        if not arguments.no_error:
+            exact = torch.linalg.svdvals(tall.double()).flip(0).numpy() ** 2
+        seconds, _ = clock(lambda w=matrix: torch.linalg.svdvals(w.float()), 1)
+        print(f"{text:>11} {'svdvals f32':>13} {seconds:8.3f}", flush=True)
+        for name, engine in engines.ENGINES.items():
+            seconds, (values, how) = clock(lambda e=engine, w=tall: e(w, 100), arguments.repeats)
+            share = flops / seconds / peak[how.split()[0]]
+            errors = ""
+            if exact is not None:
+                alphas = fit(values).alpha / fit(exact).alpha
+                errors = (
+                    f"{abs(values[0] / exact[0] - 1):.0e} {abs(values[-1] / exact[-1] - 1):.0e}"
+                )
+                errors += f" {abs(alphas - 1):.0e}"
+            print(
+                f"{text:>11} {name:>13} {seconds:8.3f} {share:8.0%}   {errors}  {how}", flush=True
+            )
+    start = time.thread_time()
+    alpha_peak(matrix)
+    print(f"the released recipe on the last shape: {time.thread_time() - start:.1f} CPU s")
+
+
+if __name__ == "__main__":
+    main()
