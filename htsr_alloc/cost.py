@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from htsr_alloc.layers import MatrixRef
 from htsr_alloc.listing import FLOAT_DTYPES
 
-BASE_BYTES = 350 << 20  # Python, torch and their buffers, resident
+BASE_BYTES = 320 << 20  # Python, torch and their buffers, resident
+WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
 ROW_CHUNK = 512  # rows of a matrix upcast at a time: 16 MiB of float64 at 4096 columns
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``peak_bytes`` of memory, a bound; ``seconds``, rough."""
+    """Bounds on memory with all workers and with one (the least --max-memory), rough seconds."""
 
     peak_bytes: int
+    least_bytes: int
     seconds: float
 
 
@@ -27,19 +29,37 @@ def flops(matrix: MatrixRef) -> float:
     return float(m) * n * n + 4.0 / 3.0 * n**3
 
 
-def matrix_bytes(matrix: MatrixRef) -> int:
-    """What one matrix holds while it is decomposed: itself as stored (twice with a scale, as
-    float32), its Gram matrix, LAPACK's copy and workspace of it, and one chunk of rows."""
+def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
+    """What one matrix and its worker hold: the matrix as stored (and scaled, in float32), its
+    Gram matrix, which LAPACK overwrites and torch copies, and two chunks of rows."""
+    from htsr_alloc import lapack
+
     m, n = max(matrix.shape), min(matrix.shape)
     size = FLOAT_DTYPES[matrix.ref.dtype][0]
     stored = m * n * (size if size > 1 else 5)
-    return stored + 8 * n * (3 * n + 2 * ROW_CHUNK)
+    copied = engine == "portable" or lapack.load() is None
+    band = 4 * m * n if engine == "fast" else 0
+    return WORKER_BYTES + stored + band + 8 * n * ((2 if copied else 1) * n + 2 * ROW_CHUNK)
 
 
-def peak_bytes(matrices: Sequence[MatrixRef], workers: int) -> int:
+def svd_bytes(matrices: Sequence[MatrixRef]) -> int:
+    """What the float64 SVD of an ill-conditioned matrix holds on top; one runs at a time."""
+    return max((3 * 8 * min(matrix.shape) ** 2 for matrix in matrices), default=0)
+
+
+def peak_bytes(matrices: Sequence[MatrixRef], workers: int, engine: str = "auto") -> int:
     """Memory of an analysis: the program, every eigenvalue, the largest matrices at once."""
-    largest = sorted((matrix_bytes(matrix) for matrix in matrices), reverse=True)[:workers]
-    return BASE_BYTES + spectra_bytes(matrices) + sum(largest)
+    return fixed_bytes(matrices) + workers_bytes(matrices, workers, engine)
+
+
+def workers_bytes(matrices: Sequence[MatrixRef], workers: int, engine: str) -> int:
+    """The ``workers`` largest matrices together."""
+    return sum(sorted((matrix_bytes(m, engine) for m in matrices), reverse=True)[:workers])
+
+
+def fixed_bytes(matrices: Sequence[MatrixRef]) -> int:
+    """What does not depend on the number of workers."""
+    return BASE_BYTES + spectra_bytes(matrices) + svd_bytes(matrices)
 
 
 def spectra_bytes(matrices: Sequence[MatrixRef]) -> int:
@@ -66,4 +86,5 @@ def predict(matrices: Sequence[MatrixRef], workers: int) -> Cost:
     total = sum(flops(matrix) for matrix in matrices)
     each = min(times) / (7.0 / 3.0 * trial**3)
     longest = max((flops(matrix) for matrix in matrices), default=0.0)
-    return Cost(peak_bytes(matrices, workers), each * max(total / workers, longest))
+    seconds = each * max(total / workers, longest)
+    return Cost(peak_bytes(matrices, workers), peak_bytes(matrices, 1), seconds)

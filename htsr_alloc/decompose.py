@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from htsr_alloc import schedule
-from htsr_alloc.cost import BASE_BYTES, flops, matrix_bytes, spectra_bytes
+from htsr_alloc.cost import fixed_bytes, flops, matrix_bytes, workers_bytes
 from htsr_alloc.engines import check_engine
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.journal import Entry
@@ -50,9 +50,9 @@ def decompose_all(
     by_shard = checkpoint.revision is not None
     tasks = sorted(matrices, key=lambda m: (m.ref.shard if by_shard else 0, -flops(m), m.name))
     if limits.max_memory is not None:
-        budget = limits.max_memory - BASE_BYTES - spectra_bytes(matrices)
+        budget = limits.max_memory - fixed_bytes(matrices)
     else:
-        budget = sum(sorted(map(matrix_bytes, matrices), reverse=True)[:workers])
+        budget = workers_bytes(matrices, workers, settings.engine)
     here = threading.local()
     free = devices * workers  # each thread takes the next: devices in turn
     lock = threading.Lock()
@@ -82,7 +82,7 @@ def decompose_all(
         tasks,
         work,
         workers=min(workers, max(1, len(tasks))),
-        cost=matrix_bytes,
+        cost=lambda matrix: matrix_bytes(matrix, settings.engine),
         budget=budget,
         start_thread=start_thread,
     )

@@ -51,9 +51,9 @@ def run(
     costs = [cost(task) for task in tasks]
     if costs and max(costs) > budget:
         raise HtsrError(
-            f"One matrix takes {max(costs) / 1e6:.0f} MB, more than the {budget / 1e6:.0f} MB "
-            "that are allowed for matrices.",
-            "Raise --max-memory.",
+            f"One matrix takes {max(costs) / 1e6:.0f} MB, and the bound on memory leaves "
+            f"{max(budget, 0) / 1e6:.0f} MB for matrices.",
+            f"Raise --max-memory by {(max(costs) - budget) / 1e6 + 1:.0f}MB.",
         )
     waiting = list(range(len(tasks)))
     running: dict[Future[Result], int] = {}

@@ -7,6 +7,7 @@ spectrum is, is decided here, once for all of them.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from htsr_alloc.records import Farms
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 EPS = float(np.finfo(np.float64).eps)
+ONE_SVD = threading.Lock()  # an SVD takes several times the memory of anything else
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,17 @@ def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
     m, n = tall.shape
     if values[0] > n * EPS * values[-1]:
         return Spectrum(values, engine=name)
-    singular = torch.linalg.svdvals(_triangle(tall)).flip(0).cpu().numpy()
+    with ONE_SVD:
+        singular = torch.linalg.svdvals(_triangle(tall)).flip(0).cpu().numpy()
     kept = singular[singular > m * EPS * singular[-1]]
     return Spectrum(kept**2, n_zero=n - len(kept), engine="float64 svdvals")
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
-    """R of W = QR in float64, (n, n), from n rows at a time: memory does not grow with m."""
+    """R of W = QR in float64, (n, n), from some rows at a time: memory does not grow with m."""
     n = tall.shape[1]
     upper = torch.empty(0, n, dtype=torch.float64, device=tall.device)
-    for rows in tall.split(n):
+    for rows in tall.split(max(n // 4, ROW_CHUNK)):
         upper = torch.linalg.qr(torch.cat([upper, rows.double()]), mode="r").R
     return upper
 

@@ -45,6 +45,7 @@ def show_inspection(
                 "bytes": sum(shard.nbytes for shard in checkpoint.listing.shards),
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
+                "least_bytes": cost.least_bytes,
             }
         )
         return
@@ -75,7 +76,8 @@ def show_inspection(
         f"{checkpoint.name}: {len(layer_map.prefixes)} layers, {len(layer_map.matrices)} matrices, "
         f"{size(sum(shard.nbytes for shard in shards))} in {len(shards)} files; analyze takes "
         f"about {duration(cost.seconds or 0)} and "
-        f"{size(cost.peak_bytes)} of memory on this machine's CPU."
+        f"at most {size(cost.peak_bytes)} of memory on this machine's CPU (--max-memory can bring "
+        f"that down to {size(cost.least_bytes)})."
     )
 
 

@@ -1,4 +1,4 @@
-"""METHODS 2 restated as plainly as possible: loops over eigenvalues, nothing shared with the package."""
+"""METHODS 2 restated as plainly as possible, with nothing shared with the package."""
 
 import math
 

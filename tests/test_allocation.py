@@ -47,7 +47,7 @@ def hamilton(quota: list[float], budget: int) -> list[int]:
 def has_ties(quota: list[float]) -> bool:
     """Whether rounding errors could decide: close fractions, or fractions near 0, 1/2 and 1."""
     fractions = sorted(q - math.floor(q) for q in quota)
-    close = any(b - a < 1e-9 for a, b in zip(fractions, fractions[1:], strict=False))
+    close = any(b - a < 1e-9 for a, b in itertools.pairwise(fractions))
     return close or any(min(f, 1 - f, abs(f - 0.5)) < 1e-9 for f in fractions)
 
 

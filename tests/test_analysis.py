@@ -266,25 +266,28 @@ def test_refitting_equals_a_fresh_analysis(model, tmp_path):
 # --- resuming -------------------------------------------------------------------------------
 
 
-def small_run(tmp_path, **changes):
-    """An output with a journal of a finished run, as if it had been killed before the end."""
+class KilledError(Exception):
+    pass
+
+
+def small_run(tmp_path, matrices=9, **changes):
+    """A run of 14 matrices that ends without ceremony after some; each must be safe by then."""
     folder = tmp_path / "tiny"
     if not folder.exists():
         write_shards(folder, [llama()])
     output = RunFiles(tmp_path / "m.metrics.json")
 
-    class KilledError(Exception):
-        pass
-
     def stop(stream, layer_map):
-        for number, item in enumerate(stream, 1):
-            yield item
-            if number == 9:
+        for number, (matrix, resumed) in enumerate(stream, 1):
+            lines = output.journal.read_bytes().splitlines()
+            assert resumed or json.loads(lines[-1])["name"] == matrix.name
+            yield matrix, resumed
+            if number == matrices:
                 raise KilledError
 
     with contextlib.suppress(KilledError):
         analyze(open_checkpoint(folder), settings(**changes), output, progress=stop)
-    assert len(output.journal.read_bytes().splitlines()) == 10
+    assert lines_of(output.journal) == 1 + matrices
     assert not output.metrics.exists()
     return folder, output
 
@@ -333,6 +336,15 @@ def test_a_torn_last_line_is_dropped(tmp_path, keep):
     output.journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
     count, found = resumed_flags(folder, output)
     assert count == 8
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+def test_a_run_that_is_torn_resumed_and_killed_again_resumes_once_more(tmp_path):
+    folder, output = small_run(tmp_path)
+    output.journal.write_bytes(output.journal.read_bytes()[:-7])
+    small_run(tmp_path, matrices=11)
+    count, found = resumed_flags(folder, output)
+    assert count == 11
     assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
 
 
@@ -497,7 +509,7 @@ def test_interrupted_stopped_killed_and_run_again(busy, tmp_path, invoke):
 
 # --- memory ---------------------------------------------------------------------------------
 
-MEASURE = """
+MEASURE = r"""
     import re, sys
     from htsr_alloc.cli import app
     app(sys.argv[1:], standalone_mode=False)
@@ -541,8 +553,8 @@ def test_memory_does_not_grow_with_the_number_of_matrices(tmp_path):
 )
 def test_memory_does_not_grow_with_the_number_of_2048_matrices(tmp_path, count):
     few, many = (peak_memory(tmp_path / str(n), 2048, n, 1) for n in (4, count))
-    # 8 more matrices are 64 MiB as stored, 256 MiB as Gram matrices; malloc settles within 32.
-    assert many - few < 48 << 20
+    # 8 more matrices are 64 MiB as stored and 256 MiB as Gram matrices.
+    assert many - few < 32 << 20
 
 
 # --- where it cannot write ------------------------------------------------------------------
@@ -572,6 +584,15 @@ def test_a_read_only_folder_is_a_sentence(model, tmp_path, run):
     assert "Traceback" not in done.stderr
     assert [p.name for p in out.iterdir()] == ["m.metrics.json"]
     assert (out / "m.metrics.json").read_text() == "old"
+
+
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(model, tmp_path, invoke):
+    path = tmp_path / "tiny.metrics.json"
+    path.write_text("old")
+    with open(path) as reader:
+        assert invoke("analyze", model, "-q").rc == 0
+        assert reader.read() == "old"
+    assert len(read_metrics(path).matrices) == 14
 
 
 def test_a_missing_folder_is_a_sentence(model, invoke):
@@ -637,18 +658,18 @@ def test_an_output_that_is_a_folder_is_a_sentence(model, tmp_path, invoke):
     assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_devices_and_pipes_are_written_to_and_not_replaced(model, tmp_path, invoke):
+def test_a_pipe_is_written_to_and_not_replaced(model, tmp_path, invoke):
     assert invoke("analyze", model, "-q").rc == 0
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
-    assert invoke("allocate", "--T", 4, "-q", "-o", pipe).rc == 0
-    written, _ = reader.communicate(timeout=10)
+    try:
+        assert invoke("allocate", "--T", 4, "-q", "-o", pipe).rc == 0
+        written, _ = reader.communicate(timeout=10)
+    finally:
+        reader.kill()
     assert json.loads(written)["budget"] == 4
     assert pipe.is_fifo()
-    full = invoke("allocate", "--T", 4, "-q", "-o", "/dev/full")
-    assert full.rc == 1
-    assert "No space left on device" in full.stderr
 
 
 # --- the real thing -------------------------------------------------------------------------

@@ -58,7 +58,9 @@ def test_the_gram_matrix_of_chunks_in_either_order(shape, dtype):
     weight = heavy(*shape, dtype=dtype)
     tall = weight if shape[0] >= shape[1] else weight.T  # a view that is not contiguous
     expected = tall.double().T.numpy() @ tall.double().numpy()
-    np.testing.assert_allclose(np.tril(engines.gram(tall)), np.tril(expected), atol=1e-14 * expected.max())
+    np.testing.assert_allclose(
+        np.tril(engines.gram(tall)), np.tril(expected), atol=1e-14 * expected.max()
+    )
 
 
 @needs_lapack

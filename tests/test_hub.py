@@ -1,6 +1,7 @@
 """The hub client against a real HTTP server on the loopback interface."""
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -87,6 +88,7 @@ def make_handler(hub):
         def respond(self):
             path = self.path.partition("?")[0].strip("/").split("/")
             if path[0] == "cdn":
+                time.sleep(0.05 if self.headers.get("Range") is None else 0)
                 body = (hub.folder / path[-1]).read_bytes()
                 return 200, {"ETag": quoted_hash(body), "Accept-Ranges": "bytes"}, body
             repo = "/".join(path[2:4] if path[0] == "api" else path[:2])
@@ -176,10 +178,11 @@ def sentence(result):
 
 
 def model_files(folder):
-    tensors = llama(3)
-    parts = [{}, {}]
-    for name, tensor in tensors.items():
-        parts["layers.2" in name][name] = tensor
+    parts = [{}, {}, {}]
+    for name, tensor in llama(3).items():
+        # The second shard has one matrix, so that two workers want two shards at the same time.
+        shard = 2 if "layers.2" in name else int(name == "model.layers.1.mlp.up_proj.weight")
+        parts[shard][name] = tensor
     return write_shards(
         folder,
         parts,
@@ -215,7 +218,7 @@ def analysed(hub, tmp_path_factory):
     """One analysis from the hub with a token, into a fresh cache."""
     folder = tmp_path_factory.mktemp("analysed")
     hub.requests.clear()
-    result = client(hub, folder, "analyze", "org/tiny", "--token", CANARY)
+    result = client(hub, folder, "analyze", "org/tiny", "--token", CANARY, "--workers", 2)
     return Run(folder, result, list(hub.requests), hub.downloads())
 
 
@@ -240,7 +243,7 @@ def test_analyze_from_the_hub_equals_the_local_folder(analysed, hub, tmp_path, i
 def test_headers_come_by_ranges_before_any_shard(analysed):
     shards = [r for r in analysed.requests if r.path.endswith(".safetensors") and r.method == "GET"]
     header_paths = {r.path.rpartition("/")[2] for r in shards if r.range and "/cdn/" in r.path}
-    assert len(header_paths) == 2
+    assert len(header_paths) == 3
     first_whole = min(start for name, start, _ in analysed.downloads)
     last_range = max(r.end for r in shards if r.range)
     assert last_range <= first_whole
@@ -248,9 +251,9 @@ def test_headers_come_by_ranges_before_any_shard(analysed):
 
 def test_shards_are_fetched_once_one_at_a_time_and_nothing_else(analysed):
     names = [name for name, _, _ in analysed.downloads]
-    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    (_, _, first_end), (_, second_start, _) = analysed.downloads
-    assert first_end <= second_start
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for (_, _, end), (_, start, _) in itertools.pairwise(analysed.downloads):
+        assert end <= start
     assert not any(r.path.endswith(".bin") for r in analysed.requests)
 
 
@@ -317,7 +320,7 @@ def test_only_the_shards_that_are_needed_are_fetched(fresh, tmp_path):
         *("--include", "*layers.2.*", "--cache-dir", tmp_path / "cache"),
     )
     assert done.rc == 0, done.stderr
-    assert [name for name, _, _ in fresh.downloads()] == ["model-00002-of-00002.safetensors"]
+    assert [name for name, _, _ in fresh.downloads()] == ["model-00003-of-00003.safetensors"]
     assert load(tmp_path / "tiny.metrics.json")["model"]["revision"] == OLD_COMMIT
     assert any((tmp_path / "cache").rglob("*.safetensors"))
     assert not any((tmp_path / "hf").rglob("*.safetensors"))
@@ -328,7 +331,7 @@ def test_only_the_shards_that_are_needed_are_fetched(fresh, tmp_path):
             *("--offline", "--cache-dir", tmp_path / "cache"),
         )
     )
-    assert "model-00001-of-00002.safetensors" in text or "not in the local cache" in text
+    assert "model-00001-of-00003.safetensors" in text or "not in the local cache" in text
 
 
 def test_a_gated_repository_opens_with_a_token_from_the_environment(fresh, tmp_path):
@@ -365,7 +368,7 @@ def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
 
 def test_a_shard_that_is_no_safetensors_is_one_sentence(tmp_path):
     hub = Hub(model_files(tmp_path / "files"))
-    shard = hub.folder / "model-00002-of-00002.safetensors"
+    shard = hub.folder / "model-00002-of-00003.safetensors"
     server = serve(hub)
     try:
         shard.write_bytes(b"\xff" * 64)
@@ -376,3 +379,19 @@ def test_a_shard_that_is_no_safetensors_is_one_sentence(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_shard_whose_data_does_not_fit_its_header_is_refused_when_fetched(tmp_path):
+    hub = Hub(tmp_path / "files")
+    hub.folder.mkdir()
+    entry = {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 64]}  # 4096 elements, 16 stored
+    header = json.dumps({"h.0.a.weight": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(64)
+    (hub.folder / "model.safetensors").write_bytes(data)
+    server = serve(hub)
+    try:
+        text = sentence(client(hub, tmp_path, "analyze", "org/tiny"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "is not a whole safetensors file" in text

@@ -123,7 +123,7 @@ def test_a_trainer_needs_only_experts_and_top_k():
 
 @pytest.mark.parametrize("record", [METRICS, ALLOCATION], ids=["metrics", "allocation"])
 def test_loader_and_schema_refuse_the_same_damage(record):
-    """Every place of the document, made wrong in turn: another type, an extra key, a missing one."""
+    """Every place of the document, wrong in turn: another type, an extra key, a missing one."""
     kind, whole = type(record), json.loads(dumps(record))
     tried = 0
     for path in every_path(whole):
@@ -238,10 +238,10 @@ JSON = st.recursive(
 def test_any_value_in_any_place_gives_a_record_or_a_sentence(key, value):
     data = json.loads(dumps(ALLOCATION)) | {key: value}
     try:
-        assert isinstance(loads(Allocation, json.dumps(data), "x.json"), Allocation)
+        found = loads(Allocation, json.dumps(data), "x.json")
     except HtsrError as error:
-        assert error.message.endswith(".")
-        assert "\n" not in error.message
+        found = error.message
+    assert isinstance(found, Allocation) or (found.endswith(".") and "\n" not in found)
 
 
 @settings(max_examples=300, deadline=None)
