@@ -96,26 +96,25 @@ def _library() -> lapack.Lapack:
     return library
 
 
-def _order(tall: torch.Tensor) -> torch.Tensor:
-    """The matrix with unit stride along one axis, copied only if neither has it."""
-    return tall if 1 in tall.stride() or tall.numel() == 0 else tall.contiguous()
-
-
-def _rows(rows: torch.Tensor, kind: torch.dtype) -> np.ndarray:
-    """A block of rows as a contiguous array, C-ordered or (of a transposed matrix) Fortran."""
-    if rows.stride(1) == 1:
-        return rows.to(kind).contiguous().numpy()
-    return rows.T.to(kind).contiguous().numpy().T
-
-
 def gram(tall: torch.Tensor, kind: type = np.float64) -> np.ndarray:
-    """W^T W, lower triangle, accumulated over blocks of rows. (m, n) -> (n, n), Fortran."""
-    library, tall = _library(), _order(tall)
-    n = tall.shape[1]
+    """W^T W, lower triangle, accumulated over blocks of rows. (m, n) -> (n, n), Fortran.
+
+    W is upcast block by block into one buffer, in the order it is stored in, rows or columns.
+    """
+    library = _library()
+    m, n = tall.shape
+    by_rows = tall.stride(1) == 1
     dtype = torch.float64 if kind is np.float64 else torch.float32
+    chunk = min(ROW_CHUNK, m)
+    buffer = torch.empty((chunk, n) if by_rows else (n, chunk), dtype=dtype)
     total = np.zeros((n, n), kind, order="F")  # the upper half is never read
-    for at in range(0, tall.shape[0], ROW_CHUNK):
-        library.syrk(_rows(tall[at : at + ROW_CHUNK], dtype), 0.0 if at == 0 else 1.0, total)
+    for at in range(0, m, chunk):
+        rows = tall[at : at + chunk]
+        if by_rows:
+            block = buffer[: len(rows)].copy_(rows).numpy()
+        else:
+            block = buffer.view(-1)[: rows.numel()].view(n, -1).copy_(rows.T).numpy().T
+        library.syrk(block, 0.0 if at == 0 else 1.0, total)
     return total
 
 

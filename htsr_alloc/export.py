@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,12 @@ def to_mola(allocation: Allocation, lora: Lora) -> str:
 def to_peft_rank(
     allocation: Allocation, lora: Lora, modules: Mapping[str, Sequence[str]] | None = None
 ) -> str:
-    """Keyword arguments of ``peft.LoraConfig``, as JSON: plain LoRA of equal parameter count.
+    r"""Keyword arguments of ``peft.LoraConfig``, as JSON: plain LoRA of equal parameter count.
 
     A layer with N experts of rank r gets rank N r and alpha N lora_alpha, so that the scale
-    alpha / r stays the same; a layer with none is not targeted.
+    alpha / r stays the same; a layer with none is not targeted. Keys are escaped names; PEFT
+    anchors them itself, as ``(.*\.)?(key)$``. A ``^`` would keep them from modules that a task
+    head's class puts under a prefix (``bert.``), which would silently get the plain ``r``.
 
     Args:
         modules: block prefix -> full names of the linears in it. With it every module has a
@@ -89,11 +92,11 @@ def to_peft_rank(
         assert prefix is not None
         if modules is None:
             keys = {
-                rf"^{re.escape(prefix)}\.(.*\.)?{re.escape(target)}": None
+                rf"{re.escape(prefix)}\.(.*\.)?{re.escape(target)}": None
                 for target in lora.target_modules
             }
         else:
-            keys = {"^" + re.escape(name): name for name in _selected(modules, prefix, lora)}
+            keys = {re.escape(name): name for name in _selected(modules, prefix, lora)}
         if experts == 0:
             continue
         ranks |= dict.fromkeys(keys, experts)
@@ -108,7 +111,7 @@ def to_peft_rank(
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": targets if modules is not None else "|".join(targets),
+        "target_modules": targets if modules else rf"(.*\.)?({'|'.join(targets)})",
         "rank_pattern": {key: lora.r * n for key, n in ranks.items()},
         "alpha_pattern": {key: lora.lora_alpha * n for key, n in ranks.items()},
     }
@@ -186,12 +189,17 @@ def _selected(modules: Mapping[str, Sequence[str]], prefix: str, lora: Lora) -> 
 
 
 def _check_patterns(patterns: Mapping[str, int], modules: Sequence[str]) -> None:
-    """Each pattern must match one module by PEFT's own rule (``get_pattern_key``)."""
-    known = set(modules)
+    r"""Each pattern must match one module by PEFT's own rule, ``(.*\.)?(key)$``.
+
+    An escaped name matches the modules that are it or end in it after a dot.
+    """
+    endings = Counter(
+        name[start:]
+        for name in modules
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+    )
     for pattern in patterns:
-        # An anchored, escaped name can only match itself: a set lookup then is that rule.
-        name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
-        if name not in known or not re.match(rf"(.*\.)?({pattern})$", name):
+        if endings[re.sub(r"\\(.)", r"\1", pattern)] != 1:
             raise HtsrError(f"The pattern {pattern} does not match exactly one module.")
 
 

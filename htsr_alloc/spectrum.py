@@ -108,7 +108,8 @@ def _inspect(weight: torch.Tensor) -> tuple[str | None, int]:
         return "the matrix is empty", 0
     largest = 0.0
     for rows in weight.split(ROW_CHUNK):
-        low, high = (float(x) for x in rows.double().aminmax())
+        plain = rows.float() if rows.element_size() == 1 else rows  # float8 has no aminmax
+        low, high = (float(x) for x in plain.aminmax())
         if math.isnan(low) or math.isnan(high):
             return "the matrix holds NaN", 0
         largest = max(largest, -low, high)
