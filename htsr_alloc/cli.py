@@ -118,7 +118,7 @@ def analyze(
     output: OutFile = None,
     estimator: Annotated[Optional[str], typer.Option(help=ESTIMATOR_HELP)] = None,
     bins: Annotated[int, typer.Option(help="Bins of the histogram that finds the peak.")] = 100,
-    engine: Annotated[str, typer.Option(help="What computes eigenvalues.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, exact, fast, portable or cuda.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     farms: Annotated[
         bool, typer.Option("--farms", help="Pool windows of one shape (default estimator: median).")

@@ -4,6 +4,7 @@
     exact       float64 Gram (syrk) and float64 tridiagonal, in one stage or two by size
     fast        W itself to a band in float32 (see band.py), float64 from there on
     auto        exact; on large rectangular matrices float32, where it can be vouched for
+    cuda        portable, on a GPU or not at all
 
 Each runs on the calling thread alone and may be called from several.
 """
@@ -66,20 +67,30 @@ def auto(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
     if tall.device.type != "cpu" or lapack.load() is None:
         return portable(tall)
     m, n = tall.shape
-    if n >= TWO_STAGE and m >= TALL * n and tall.dtype != torch.float64:
-        values = _guarded(tall, bins)
-        if values is not None:
-            return values, f"float32 Gram, {_stages(n)}, guarded"
-    return exact(tall)
+    if n < TWO_STAGE or m < TALL * n or tall.dtype == torch.float64:
+        return exact(tall)
+    values = _guarded(tall, bins)
+    if values is not None:
+        return values, f"float32 Gram, {_stages(n)}, guarded"
+    values, name = exact(tall)
+    return values, f"{name} (float32 not certain)"
 
 
-ENGINES: dict[str, Engine] = {"auto": auto, "exact": exact, "fast": fast, "portable": portable}
+ENGINES: dict[str, Engine] = {
+    "auto": auto,
+    "exact": exact,
+    "fast": fast,
+    "portable": portable,
+    "cuda": portable,
+}
 
 
 def check_engine(name: str, device: torch.device | str) -> None:
     """Raise HtsrError for an engine that is unknown, or cannot run here."""
     if name not in ENGINES:
         raise HtsrError(f"There is no engine {name!r}.", f"Choose from {', '.join(ENGINES)}.")
+    if name == "cuda" and torch.device(device).type != "cuda":
+        raise HtsrError("The engine cuda needs a CUDA device.", "Add --device cuda.")
     if name in ("exact", "fast"):
         if torch.device(device).type != "cpu":
             raise HtsrError(f"The engine {name} runs on the CPU only.", "Use --engine auto.")

@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+# Before numpy is imported: the threads of one decomposition wait for each other, for minutes where
+# the machine is busy.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

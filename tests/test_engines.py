@@ -130,7 +130,10 @@ def test_auto_takes_float32_only_where_every_estimator_agrees(monkeypatch):
 )
 def test_auto_leaves_what_float32_cannot_vouch_for_to_float64(weight, monkeypatch):
     monkeypatch.setattr(engines, "TWO_STAGE", 100)
-    assert engines.auto(weight)[1].startswith("float64")
+    name = engines.auto(weight)[1]
+    assert name.startswith("float64")
+    tried = weight.dtype != torch.float64 and weight.shape[0] >= engines.TALL * weight.shape[1]
+    assert name.endswith("(float32 not certain)") == tried
 
 
 @settings(max_examples=300, deadline=None)
@@ -187,6 +190,9 @@ def test_cpu_engines_are_refused_on_a_gpu():
     with pytest.raises(HtsrError, match="runs on the CPU only"):
         engines.check_engine("exact", "cuda")
     engines.check_engine("auto", "cuda")
+    engines.check_engine("cuda", "cuda:1")
+    with pytest.raises(HtsrError, match="needs a CUDA device"):
+        engines.check_engine("cuda", "cpu")
 
 
 @needs_lapack

@@ -22,7 +22,7 @@ def reference(weight: torch.Tensor) -> np.ndarray:
     return np.linalg.svd(weight.double().numpy(), compute_uv=False)[::-1] ** 2
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(40, 40), (300, 70), (70, 300), (2500, 30), (30, 2500), (1, 9), (9, 1), (2, 2)]
