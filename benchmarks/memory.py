@@ -8,18 +8,20 @@ and prints the peak the operating system saw beside the bound that `htsr inspect
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from analyze_vs_peers import measure
-from safetensors.torch import save_file
 
 
 def write(folder: Path, count: int, size: int) -> None:
     """``count`` layers of one matrix, ten to a shard."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     for first in range(0, count, 10):
@@ -42,7 +44,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for count in arguments.counts:
             folder = Path(root) / str(count)
-            write(folder, count, arguments.size)
+            # In a process of its own: a child's peak, as Linux counts it, begins at its parent's.
+            writer = multiprocessing.get_context("spawn").Process(
+                target=write, args=(folder, count, arguments.size)
+            )
+            writer.start()
+            writer.join()
             htsr = [sys.executable, "-m", "htsr_alloc"]
             inspected = subprocess.run(
                 [*htsr, "inspect", str(folder), "--json"], capture_output=True, check=True

@@ -8,10 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from analyze_vs_peers import measure
-
-from htsr_alloc.spectrum import spectrum
 
 
 def main() -> None:
@@ -26,6 +23,8 @@ def main() -> None:
         command = [sys.executable, "-m", "htsr_alloc", "analyze", folder, "-q"]
         wall, cpu, peak = measure([*command, "--workers", str(workers)])
         print(f"{workers:6} {wall:8.1f} {cpu:8.1f} {peak:8.0f}")
+    import torch  # not before: a child's peak, as Linux counts it, begins at its parent's
+
     torch.set_num_threads(1)
     print("square float32 matrix, one thread: n, CPU s, CPU s / n^3 relative to the first")
     first = None
@@ -36,7 +35,9 @@ def main() -> None:
         print(f"{n:6} {best:8.3f} {best / n**3 / first:8.2f}")
 
 
-def _seconds(weight: torch.Tensor) -> float:
+def _seconds(weight) -> float:
+    from htsr_alloc.spectrum import spectrum
+
     start = time.thread_time()
     spectrum(weight)
     return time.thread_time() - start

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from htsr_alloc.allocation import Bounds, allocate
+    from htsr_alloc.analysis import analyze
+    from htsr_alloc.checkpoint import open_checkpoint
+    from htsr_alloc.errors import HtsrError
+    from htsr_alloc.estimators import fit
+    from htsr_alloc.records import Allocation, Farms, Metrics, Settings, dumps, loads
 
 # Public name -> module. Imported on first use, so that `import htsr_alloc` loads no torch.
 _PUBLIC = {
@@ -21,6 +30,21 @@ _PUBLIC = {
     "allocate": "allocation",
     "Bounds": "allocation",
 }
+__all__ = [
+    "Allocation",
+    "Bounds",
+    "Farms",
+    "HtsrError",
+    "Metrics",
+    "Settings",
+    "__version__",
+    "allocate",
+    "analyze",
+    "dumps",
+    "fit",
+    "loads",
+    "open_checkpoint",
+]
 
 
 def __getattr__(name: str):
