@@ -38,7 +38,7 @@ def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
     size = FLOAT_DTYPES[matrix.ref.dtype][0]
     stored = m * n * (size if size > 1 else 5)
     copied = engine == "portable" or lapack.load() is None
-    band = 4 * m * n if engine == "fast" else 0
+    band = 4 * m * n if engine == "fast" and m < 1.5 * n else 0
     return WORKER_BYTES + stored + band + 8 * n * ((2 if copied else 1) * n + 2 * ROW_CHUNK)
 
 

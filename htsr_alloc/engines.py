@@ -2,7 +2,7 @@
 
     portable    float64 Gram and torch's eigvalsh; what a GPU runs, and a CPU without LAPACK of ours
     exact       float64 Gram (syrk) and float64 tridiagonal, in one stage or two by size
-    fast        W itself to a band in float32 (see band.py), float64 from there on
+    fast        nearly square W itself to a band in float32 (see band.py), float64 from there on
     auto        exact; on large rectangular matrices float32, where it can be vouched for
     cuda        portable, on a GPU or not at all
 
@@ -52,7 +52,10 @@ def exact(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
 
 
 def fast(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
-    """The band route; ``exact`` where float32 has no range or cannot tell small from zero."""
+    """The band route for nearly square matrices, ``auto`` for others, whose Gram matrix is cheaper;
+    ``exact`` where float32 has no range or cannot tell small from zero."""
+    if tall.shape[0] >= TALL * tall.shape[1]:
+        return auto(tall, bins)
     low, high = IN_RANGE
     if low < float(tall.abs().max()) < high:
         library = _library()
