@@ -26,6 +26,9 @@ demo: .venv/demo
 	cd build/demo && \
 	echo "htsr analyze $$source" && ../../$(BIN)/htsr analyze "$$source" && \
 	echo "htsr allocate --T $(T) --beta $(BETA)" && ../../$(BIN)/htsr allocate --T $(T) --beta $(BETA)
+	@case "$(MODEL)" in smollm2) \
+	  echo "SmolLM2 comes from a 4-bit file: its smallest singular values are noise, its tails hold." ;; \
+	esac
 
 test: .venv/test
 	@$(BIN)/python data/checkpoints.py minilm >/dev/null
