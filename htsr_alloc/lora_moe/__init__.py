@@ -1,0 +1,1 @@
+"""LoRA-MoE systems as one PEFT tuner."""
