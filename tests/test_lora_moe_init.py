@@ -8,6 +8,8 @@ import naive_moe as naive
 import pytest
 import torch
 
+pytest.importorskip("peft", reason="needs the extra [train]")
+
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import gates, init
 

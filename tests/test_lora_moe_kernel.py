@@ -8,6 +8,8 @@ import naive_moe as naive
 import pytest
 import torch
 
+pytest.importorskip("peft", reason="needs the extra [train]")
+
 from htsr_alloc.lora_moe import balance, experts, gates
 
 T, D_IN, D_OUT, N, R = 7, 6, 5, 4, 3
