@@ -16,7 +16,8 @@ except ImportError as error:
         "pip install 'htsr-alloc[train]'",
     ) from None
 
+from htsr_alloc.lora_moe.build import build
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.tuner import LoraMoeModel
 
-__all__ = ["LoraMoeConfig", "LoraMoeModel"]
+__all__ = ["LoraMoeConfig", "LoraMoeModel", "build"]

@@ -9,6 +9,7 @@ down the gradient it gets (gradient accumulation, a GradScaler, DDP's factor), w
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,17 +20,26 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 
 
+ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
+# Keys and values of attention over an encoder's states.
+CROSS_ATTENTION = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|k_proj|v_proj|key|value)$"
+)
+
+
 class Pass:
     """One forward pass of the model.
 
     Attributes:
-        masks: 2-d token masks by argument name, (B, S).
+        masks: 2-d token masks by argument name, (B, S); None where the model was given none.
         scale: 0-d float32, the gradient of the model's loss times share; known in backward.
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
         prompt: (B, S), EM-LoRA's prompt tokens, or None where no router asks for them.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] | None = None, device: Any = None) -> None:
+    def __init__(
+        self, masks: Mapping[str, Tensor | None] | None = None, device: Any = None
+    ) -> None:
         self.masks = dict(masks or {})
         self.scale = torch.ones((), device=device)
         self.share: Tensor | float = 1.0
@@ -43,13 +53,13 @@ class Pass:
         """
         if not self.masks:
             return None
-        order = ["attention_mask", "decoder_attention_mask"]
-        if ".decoder." in name or name.startswith("decoder."):
-            order.reverse()
-        for key in order:
-            found = self.masks.get(key)
-            if found is not None and found.numel() == shape.numel():
-                return found.reshape(-1)
+        decoder = DECODER in self.masks and "decoder" in name.split(".")
+        reads_encoder = CROSS_ATTENTION.search(name) is not None
+        found = self.masks.get(DECODER if decoder and not reads_encoder else ENCODER)
+        if found is None:
+            return None
+        if found.numel() == shape.numel():
+            return found.reshape(-1)
         raise HtsrError(
             f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
             "that padding cannot be left out of the balance loss.",
@@ -152,8 +162,10 @@ class PassHooks:
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open a pass with this call's token masks."""
         given = self.arguments(args, kwargs)
-        masks = {}
-        for name in ("attention_mask", "decoder_attention_mask"):
+        masks: dict[str, Tensor | None] = {}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            masks = {ENCODER: None, DECODER: None}
+        for name in (ENCODER, DECODER):
             mask = given.get(name)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 masks[name] = mask
