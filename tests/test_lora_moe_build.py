@@ -101,11 +101,15 @@ def test_two_stacks_and_conv1d():
     out = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels)
     out.loss.backward()
     assert {x.mixture["default"].experts for x in layers_of(model) if "decoder" in x.name} == {3}
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40))
-    made = build(gpt2, given(2, 2, prefix="transformer.h"), r=2, system="goat").eval()
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40)
+    made = build(
+        GPT2LMHeadModel(config), given(2, 2, prefix="transformer.h"), r=2, system="goat"
+    ).eval()
     assert made(ids).logits.isfinite().all()
     with pytest.raises(HtsrError, match=r"c_proj is in transformer.h.0 2 times"):
-        build(gpt2, given(2, 2, prefix="transformer.h"), target_modules=["c_proj"])
+        build(
+            GPT2LMHeadModel(config), given(2, 2, prefix="transformer.h"), target_modules=["c_proj"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ except ImportError as error:
     ) from None
 
 from htsr_alloc.lora_moe.build import build
+from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.tuner import LoraMoeModel
 
-__all__ = ["LoraMoeConfig", "LoraMoeModel", "build"]
+__all__ = ["LoraMoeConfig", "LoraMoeModel", "RouterLossCallback", "build", "router_aux_loss"]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
 
-
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 # Keys and values of attention over an encoder's states.
 CROSS_ATTENTION = re.compile(
