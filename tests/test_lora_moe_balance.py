@@ -147,7 +147,7 @@ def test_a_loss_from_outside_is_said():
     from htsr_alloc.lora_moe import passes
 
     model = tiny.adapted(router_aux_loss_coef=0.5).train()
-    passes._Outside.warned = False
+    passes._Mark.warned = False
     with pytest.warns(UserWarning, match="computed outside the model"):
         model(input_ids=tiny.tokens()).logits.square().mean().backward()
     with warnings.catch_warnings():

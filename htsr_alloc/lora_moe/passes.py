@@ -1,8 +1,8 @@
 """What one forward pass of the model knows and its layers need: masks, and the loss's weight.
 
 Total = loss + share · Σ coefficient · L, where share is the part that this pass's tokens have in
-an accumulated batch. A node at the model's loss is the first that backward reaches; it writes
-down the gradient it gets (gradient accumulation, a GradScaler, DDP's factor), which the nodes of
+an accumulated batch. A hook on the model's loss is the first that backward reaches; it writes
+down the gradient it sees (gradient accumulation, a GradScaler, DDP's factor), which the nodes of
 ``balance.inject`` then read.
 """
 
@@ -42,6 +42,7 @@ class Pass:
         self.masks = dict(masks or {})
         self.scale = torch.ones((), device=device)
         self.share: Tensor | float = 1.0
+        self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
 
     def mask(self, shape: torch.Size, name: str) -> Tensor | None:
@@ -88,63 +89,42 @@ class RouterState:
         return mean
 
 
-class _Root(torch.autograd.Function):
-    """Identity at the model's loss; its backward runs before any layer's."""
+class _Mark:
+    """A hook on the gradient of one of the model's outputs; backward runs it before any layer.
 
-    @staticmethod
-    def forward(ctx, loss: Tensor, state: RouterState, now: Pass) -> Tensor:
-        ctx.state, ctx.now = state, now
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        ctx.state.current = ctx.now  # what a block recomputed by checkpointing shall see
-        # .data: the layers have saved this tensor, and it is meant to change under them.
-        ctx.now.scale.data.copy_(grads[0].detach() * ctx.now.share)
-        return grads[0], None, None
-
-
-class _LogProbs(torch.autograd.Function):
-    """Identity at per-token log-probabilities, from which TRL computes its loss.
-
-    A negative log-likelihood's gradients there are minus each token's weight, so that their
-    absolute sum is the loss's weight times share.
+    It names the pass whose blocks are about to be recomputed, and writes down the loss's weight.
+    The loss itself tells it best; then TRL's per-token log-probabilities, where a negative
+    log-likelihood's gradients are minus each token's weight, so that their absolute sum is the
+    loss's weight times share. Other outputs cannot tell: 1 is taken, and said.
     """
 
-    @staticmethod
-    def forward(ctx, log_probs: Tensor, state: RouterState, now: Pass) -> Tensor:
-        ctx.state, ctx.now = state, now
-        return log_probs.view_as(log_probs)
+    warned = False
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        ctx.state.current = ctx.now
-        ctx.now.scale.data.copy_(grads[0].detach().abs().sum())
-        return grads[0], None, None
+    def __init__(self, kind: str, state: RouterState, now: Pass, labelled: Any) -> None:
+        self.kind, self.state, self.now, self.labelled = kind, state, now, labelled
 
-
-class _Outside(torch.autograd.Function):
-    """Identity at an output from which a trainer may compute a loss of its own."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, state: RouterState, now: Pass) -> Tensor:
-        ctx.state, ctx.now = state, now
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        ctx.state.current = ctx.now
-        if not _Outside.warned:
-            _Outside.warned = True
+    def __call__(self, grad: Tensor) -> None:
+        self.state.current = now = self.now
+        if now.weighed:  # by the loss, from which this output's gradient comes
+            return
+        # .data: the layers have saved this tensor, and it is meant to change under them.
+        if self.kind == "loss":
+            now.weighed = True
+            now.scale.data.copy_(grad.detach() * now.share)
+        elif self.kind == "log_probs":
+            now.weighed = True
+            weights = grad.detach().abs()
+            if self.labelled is not None:  # the others are zeros that the loss adds up too
+                weights = weights * self.labelled
+            now.scale.data.copy_(weights.sum())
+        elif not _Mark.warned:
+            _Mark.warned = True
             warnings.warn(
                 "The loss was computed outside the model, so the balance loss cannot see its "
                 "weight and is added with weight 1; pass labels to the model to have it exact "
                 "under gradient accumulation and loss scaling.",
                 stacklevel=2,
             )
-        return grads[0], None, None
-
-    warned = False
 
 
 class PassHooks:
@@ -177,33 +157,28 @@ class PassHooks:
                 labels = given.get("shift_labels", labels[..., 1:])
             now.share = (labels != -100).sum() / items
 
-    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Mark the loss, or else the other outputs; add up the pass's balance loss."""
+    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Mark the outputs; add up the pass's balance loss."""
         if not model.training:
-            return output
+            return
         values = [m.router_aux_loss for m in routers(model) if m.router_aux_loss is not None]
         if not values:
-            return output
+            return
         device = values[0].device
         self.state.add(torch.stack([value.to(device) for value in values]).sum())
         if not torch.is_grad_enabled():
-            return output
+            return
         now, state = self.state.current, self.state
-        if isinstance(output, Tensor):
-            return _Outside.apply(output, state, now) if output.requires_grad else output
-        has_labels = self.arguments(args, kwargs).get("labels") is not None
-        pairs = output.items() if isinstance(output, Mapping) else enumerate(output)
-        marked = {}
-        for key, value in pairs:
-            if isinstance(value, Tensor) and value.requires_grad:
-                is_loss = key == "loss" or (key == 0 and has_labels and value.dim() == 0)
-                node = _Root if is_loss else _LogProbs if key == "log_probs" else _Outside
-                marked[key] = node.apply(value, state, now)
         if isinstance(output, Mapping):
-            for key, value in marked.items():
-                output[key] = value  # type: ignore[index]
-            return output
-        return tuple(marked.get(i, value) for i, value in enumerate(output))
+            outputs: dict[Any, Any] = dict(output)
+        else:
+            outputs = dict(enumerate(output if isinstance(output, (tuple, list)) else [output]))
+        has_labels = self.arguments(args, kwargs).get("labels") is not None
+        for key, value in outputs.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                first = key == 0 and has_labels and value.dim() == 0
+                kind = "loss" if first else str(key)
+                value.register_hook(_Mark(kind, state, now, outputs.get("label_mask")))
 
 
 def routers(model: nn.Module) -> Iterator[Any]:
