@@ -58,6 +58,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         "mixture",
         "aux_weight",
         "em_place",
+        "em_pooler",
     )
 
     base_layer: nn.Module
@@ -88,6 +89,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.mixture: dict[str, Mixture] = {}
         self.aux_weight: dict[str, float] = {}
         self.em_place: dict[str, tuple[str, int]] = {}  # the block, and which expert of it
+        self.em_pooler: dict[str, str] = {}  # where this linear holds its block's router
         self.router_aux_loss: Tensor | None = None  # weighted, of the latest training pass
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -225,6 +227,8 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
             out = experts.dense_experts(dropped, a, b, gate)
         elif how.experts == 1:
             out = F.linear(F.linear(dropped, a), b) * scale
+            if how.system == "em_lora":
+                out = self._chosen(out, adapter, base)
         else:
             gate = self._balanced(self.route(x, adapter), adapter, x.shape[:-1]) * scale
             if how.system == "mor":
@@ -235,6 +239,24 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
             residual = F.linear(x_a, self.lora_moe_res_A[adapter])
             out = out - F.linear(residual, self.lora_moe_res_B[adapter])
         return out
+
+    def _chosen(self, out: Tensor, adapter: str, base: Tensor) -> Tensor:
+        """EM-LoRA: this linear's expert, weighted by its block's router. (B, S, d_out)."""
+        key, index = self.em_place[adapter]
+        decision = self.state.current.decisions.get((key, adapter))
+        if decision is None or out.dim() != 3 or len(out) != len(decision):
+            raise HtsrError(
+                f"{self.name} was called without its layer's router or its (batch, token) shape.",
+                "EM-LoRA needs the whole model.",
+            )
+        if self.mixture[adapter].dora:
+            a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
+            how = self.mixture[adapter]
+            norm = experts.row_norm(base_weight(self.base_layer), a, b, how.scale or 0.0)
+            bias = getattr(self.base_layer, "bias", None)
+            clean = base.to(out.dtype) if bias is None else (base - bias).to(out.dtype)
+            out = experts.dora_delta(clean, out, self.lora_moe_magnitude[adapter], norm)
+        return out * decision[:, index].to(out.dtype).view(-1, 1, 1)
 
     def route(self, x: Tensor, adapter: str) -> gates.Routing:
         """The router's decision on every token of x (..., d_in); needs N > 1."""

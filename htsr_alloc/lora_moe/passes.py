@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import prompt
 
+STATE = "lora_moe_state"  # attribute of the adapted model
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 # Keys and values of attention over an encoder's states.
 CROSS_ATTENTION = re.compile(
@@ -33,7 +35,8 @@ class Pass:
         masks: 2-d token masks by argument name, (B, S); None where the model was given none.
         scale: 0-d float32, the gradient of the model's loss times share; known in backward.
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
-        prompt: (B, S), EM-LoRA's prompt tokens, or None where no router asks for them.
+        prompt: (B, S), EM-LoRA's prompt tokens; None where its choice is made already.
+        decisions: its gate weights (B, N) by block and adapter.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Pass:
         self.share: Tensor | float = 1.0
         self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
+        self.decisions: dict[tuple[str, str], Tensor] = {}
 
     def mask(self, shape: torch.Size, name: str) -> Tensor | None:
         """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
@@ -74,6 +78,10 @@ class RouterState:
         self.current = Pass()
         self.total: Tensor | None = None
         self.passes = 0
+        self.handles: list[Any] = []  # of the hooks on the model
+        self.by_prompt = False  # whether EM-LoRA is on the model, and on which blocks
+        self.routed: set[str] = set()
+        self.generating = self.prefilled = False
 
     def add(self, value: Tensor) -> None:
         """Count one pass's weighted loss; nothing waits for the device."""
@@ -149,13 +157,36 @@ class PassHooks:
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 masks[name] = mask
         device = next(model.parameters()).device
+        before = self.state.current
         self.state.current = now = Pass(masks, device)
+        if self.state.by_prompt:
+            self.read_prompt(given, now, before)
         labels, items = given.get("labels"), given.get("num_items_in_batch")
         if isinstance(labels, Tensor) and items is not None:
             # Counted as transformers' Trainer counts its items, so that the shares sum to 1.
             if getattr(model, "loss_type", None) == "ForCausalLM":
                 labels = given.get("shift_labels", labels[..., 1:])
             now.share = (labels != -100).sum() / items
+
+    def read_prompt(self, given: dict[str, Any], now: Pass, before: Pass) -> None:
+        """Find EM-LoRA's prompt tokens, or keep to the choice of the pass before."""
+        state, past = self.state, given.get("past_key_values")
+        continues = past is not None and past.get_seq_length() > 0
+        if continues or (state.generating and state.prefilled):
+            now.decisions = before.decisions
+            return
+        state.prefilled = True
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
+        mask = given.get(ENCODER)
+        if isinstance(mask, Tensor) and mask.shape != tokens.shape:
+            raise HtsrError(
+                f"EM-LoRA needs an attention mask of the tokens' shape {tuple(tokens.shape)}, and "
+                f"was given {tuple(mask.shape)}.",
+                "Use the dynamic cache and a 2-d mask.",
+            )
+        prompt.refuse_packing(mask, given)
+        now.prompt = prompt.prompt_tokens(mask, given.get("labels"), tokens)
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Mark the outputs; add up the pass's balance loss."""

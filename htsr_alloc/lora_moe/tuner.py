@@ -11,15 +11,14 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import probe
+from htsr_alloc.lora_moe import em, probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
 from htsr_alloc.lora_moe.layer import LoraMoeLinear, base_weight
-from htsr_alloc.lora_moe.passes import PassHooks, RouterState
+from htsr_alloc.lora_moe.passes import STATE, PassHooks, RouterState
 from htsr_alloc.lora_moe.register import NAME, register
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
                 "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip
-STATE = "lora_moe_state"  # attribute of the adapted model
 
 
 class LoraMoeModel(BaseTuner):
@@ -90,11 +89,16 @@ class LoraMoeModel(BaseTuner):
                         f"{kind}: {pattern!r} matches no adapted module.",
                         f"The first adapted module is {next(iter(layers))}.",
                     )
+        if config.system == "em_lora":
+            blocks: dict[str, list[LoraMoeLinear]] = {}
+            for name, layer in layers.items():
+                blocks.setdefault(layer_key(name), []).append(layer)
+            em.attach(model, blocks, adapter_name, config, state_of(model))
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         _weigh_losses(layers, adapter_name, config)
         config._probe = config.base_probe or {
             name: probe.take(layer.base_layer) for name, layer in layers.items()
         }
-        state_of(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are float32 already; ``autocast_adapter_dtype=False`` takes the base's dtype."""
@@ -107,6 +111,15 @@ class LoraMoeModel(BaseTuner):
                     parameters = getattr(layer, name)
                     if adapter_name in parameters:
                         parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+
+    def unload(self) -> torch.nn.Module:
+        """The base model as it was: no adapter, no hook."""
+        model = super().unload()
+        state: RouterState | None = model.__dict__.pop(STATE, None)
+        for handle in state.handles if state is not None else ():
+            handle.remove()
+        model.__dict__.pop("generate", None)
+        return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """Always refused."""
@@ -126,8 +139,10 @@ def state_of(model: nn.Module) -> RouterState:
         state = RouterState()
         hooks = PassHooks(model, state)
         setattr(model, STATE, state)
-        model.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        model.register_forward_hook(hooks.after, with_kwargs=True)
+        state.handles = [
+            model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            model.register_forward_hook(hooks.after, with_kwargs=True),
+        ]
     return state
 
 
