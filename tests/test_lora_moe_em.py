@@ -250,3 +250,84 @@ def test_what_it_cannot_do_is_refused():
     # Padding's position ids are no packing.
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
     model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+
+
+def prompts(count=16, seed=0):
+    from moe_train import rows
+
+    return [{**row, "labels": [-100, -100, *row["labels"][2:]]} for row in rows(count, seed)]
+
+
+def bilevel(out, **settings):
+    from moe_train import trainer
+    from transformers import Trainer
+
+    from htsr_alloc.lora_moe.bilevel import BilevelMixin
+
+    class BilevelTrainer(BilevelMixin, Trainer):
+        pass
+
+    extra = {"activation_dataset": prompts(8, seed=3), "activation_lr": 1e-2}
+    model = em(lora_dropout=0.0)
+    run = trainer(
+        model,
+        out,
+        4,
+        kind=BilevelTrainer,
+        trainer={**extra, **settings.pop("trainer", {})},
+        **settings,
+    )
+    run.train_dataset = prompts()
+    return run
+
+
+def test_weights_and_activations_step_in_turn(tmp_path):
+    from htsr_alloc.lora_moe.bilevel import activation_parameters
+
+    run = bilevel(tmp_path, steps=3)
+    theta = activation_parameters(run.model)
+    assert len(theta) == 4
+    assert sum(p.numel() for p in theta) == 2 * 12
+    before = [p.detach().clone() for p in theta]
+    omega = [
+        p for p in run.model.parameters() if p.requires_grad and all(p is not t for t in theta)
+    ]
+    first = [p.detach().clone() for p in omega]
+    run.train()
+    assert run.activation_steps == 3
+    in_optimizer = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert not in_optimizer & {id(p) for p in theta}
+    assert in_optimizer == {id(p) for p in omega}
+    assert all((a - b).abs().max() > 0 for a, b in zip(theta, before, strict=True))
+    assert any((a - b).abs().max() > 0 for a, b in zip(omega, first, strict=True))
+    # Without a learning rate Θ stays, whatever the training batches do.
+    still = bilevel(tmp_path, steps=2, trainer={"activation_lr": 0.0})
+    still.train()
+    for got, want in zip(activation_parameters(still.model), before, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bilevel_resumes(tmp_path):
+    whole = bilevel(tmp_path / "whole", steps=4)
+    whole.train()
+    bilevel(tmp_path / "cut", steps=4, save_strategy="steps", save_steps=2).train()
+    again = bilevel(tmp_path / "cut", steps=4, save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    want = dict(whole.model.named_parameters())
+    for name, value in again.model.named_parameters():
+        assert torch.allclose(value, want[name], atol=1e-6), name
+
+
+def test_bilevel_needs_an_activation(tmp_path):
+    from moe_train import trainer
+    from transformers import Trainer
+
+    from htsr_alloc.lora_moe.bilevel import BilevelMixin
+
+    class BilevelTrainer(BilevelMixin, Trainer):
+        pass
+
+    with pytest.raises(HtsrError, match="needs activation_dataset"):
+        trainer(em(), tmp_path, kind=BilevelTrainer)
+    with pytest.raises(HtsrError, match="no activation to learn"):
+        trainer(tiny.adapted(), tmp_path, kind=BilevelTrainer, trainer={"activation_dataset": [1]})
