@@ -16,9 +16,24 @@ except ImportError as error:
         "pip install 'htsr-alloc[train]'",
     ) from None
 
+from htsr_alloc.lora_moe.bilevel import BilevelMixin
 from htsr_alloc.lora_moe.build import build
 from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
+from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
 from htsr_alloc.lora_moe.tuner import LoraMoeModel
 
-__all__ = ["LoraMoeConfig", "LoraMoeModel", "RouterLossCallback", "build", "router_aux_loss"]
+__all__ = [
+    "BilevelMixin",
+    "Collapsed",
+    "LoraMoeConfig",
+    "LoraMoeModel",
+    "RouterLossCallback",
+    "RouterReport",
+    "build",
+    "collapse",
+    "plot_routing",
+    "router_aux_loss",
+    "routing_report",
+]

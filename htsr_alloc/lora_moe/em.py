@@ -131,6 +131,7 @@ class BlockRouter:
             host.lora_moe_denominator[adapter],
             host.mixture[adapter].weighting,
         )
+        self.state.current.probs[(self.key, adapter)] = routing.probs.detach()
         weight = host.aux_weight[adapter]
         if not host.training or weight == 0:
             return routing.weights

@@ -290,7 +290,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         """Always refused."""
         raise HtsrError(
             "Experts chosen token by token cannot be merged into one weight.",
-            "htsr_alloc.lora_moe.collapse makes a plain LoRA of the mean gate, approximately.",
+            "collapse(model, batches) makes a plain LoRA of the mean gate, approximately.",
         )
 
     def unmerge(self) -> None:

@@ -36,7 +36,7 @@ class Pass:
         scale: 0-d float32, the gradient of the model's loss times share; known in backward.
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
         prompt: (B, S), EM-LoRA's prompt tokens; None where its choice is made already.
-        decisions: its gate weights (B, N) by block and adapter.
+        decisions: its gate weights (B, N) by block and adapter. probs: its p likewise.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Pass:
         self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
         self.decisions: dict[tuple[str, str], Tensor] = {}
+        self.probs: dict[tuple[str, str], Tensor] = {}
 
     def mask(self, shape: torch.Size, name: str) -> Tensor | None:
         """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
