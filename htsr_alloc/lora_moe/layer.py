@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, experts, gates, init
 from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
+from htsr_alloc.lora_moe.linears import base_weight, features
 from htsr_alloc.lora_moe.passes import RouterState
 
 
@@ -305,31 +306,3 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
             parameters = getattr(self, container)
             if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
                 parameters[adapter_name].data = parameters[adapter_name].data.to(target)
-
-
-def base_weight(base_layer: nn.Module) -> Tensor:
-    """The frozen weight (d_out, d_in); a GPT-2 Conv1D's is transposed, without a copy."""
-    weight = getattr(base_layer, "qweight", None)
-    weight = base_layer.weight if weight is None else weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if type(base_layer).__name__ == "Conv1D" else weight
-
-
-def features(base_layer: nn.Module, name: str) -> tuple[int, int]:
-    """(d_in, d_out) of a linear.
-
-    Raises:
-        HtsrError: another kind of module.
-    """
-    if type(base_layer).__name__ == "Conv1D":
-        d_in, d_out = base_layer.weight.shape  # type: ignore[union-attr, misc]
-        return int(d_in), int(d_out)
-    if isinstance(base_layer, nn.Linear) or "Linear" in type(base_layer).__name__:
-        d_in = getattr(base_layer, "in_features", getattr(base_layer, "infeatures", None))
-        d_out = getattr(base_layer, "out_features", getattr(base_layer, "outfeatures", None))
-        if isinstance(d_in, int) and isinstance(d_out, int):
-            return d_in, d_out
-    raise HtsrError(
-        f"{name} is a {type(base_layer).__name__}, and only linear modules can have experts.",
-        "Change target_modules.",
-    )

@@ -13,7 +13,8 @@ from torch import nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import em, probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
-from htsr_alloc.lora_moe.layer import LoraMoeLinear, base_weight
+from htsr_alloc.lora_moe.layer import LoraMoeLinear
+from htsr_alloc.lora_moe.linears import base_weight
 from htsr_alloc.lora_moe.passes import STATE, PassHooks, RouterState
 from htsr_alloc.lora_moe.register import NAME, register
 
