@@ -142,13 +142,13 @@ def tokenizer(folder: Path):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1")
 
 
-def launch(out, ranks, batch, accumulate):
+def launch(script, ranks, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("moe_ddp.py")), out, batch, accumulate],
+            [sys.executable, str(Path(__file__).with_name(script)), *arguments],
             env=environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
@@ -166,13 +166,13 @@ def launch(out, ranks, batch, accumulate):
     for process in processes:
         _, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors.decode()[-2000:]
-    return torch.load(f"{out}.pt")
+    return torch.load(f"{arguments[0]}.pt")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_train_as_one(tmp_path):
     """DDP over gloo equals one process that accumulates the same micro-batches."""
-    two = launch(str(tmp_path / "two"), 2, "2", "1")
+    two = launch("moe_ddp.py", 2, str(tmp_path / "two"), "2", "1")
     one = trainer(tiny.adapted(router_aux_loss_coef=0.5), tmp_path, 2, 2)
     one.train()
     losses = [row["loss"] for row in one.state.log_history if "loss" in row]
@@ -180,3 +180,13 @@ def test_two_processes_train_as_one(tmp_path):
     want = parameters(one.model)
     for name, value in two["parameters"].items():
         assert torch.allclose(value, want[name.removeprefix("module.")], atol=1e-4), name
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_fsdp2_trains_as_one(tmp_path):
+    """Sharded over two gloo processes, the loss curve is one process's."""
+    from moe_fsdp import losses
+
+    two = launch("moe_fsdp.py", 2, str(tmp_path / "two"))
+    one = losses(tiny.adapted("goat", router_aux_loss_coef=0.5), [0, 1])
+    assert two["losses"] == pytest.approx(one, abs=1e-4)
