@@ -29,6 +29,10 @@ class LoraMoeModel(BaseTuner):
     tuner_layer_cls = LoraMoeLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call, with its hooks, which peft 0.20 would leave out."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
