@@ -11,6 +11,7 @@ T      ?= 160
 BETA   ?= 2.5
 ARGS   ?=
 
+COMMA := ,
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -50,7 +51,7 @@ clean:
 
 .venv/demo .venv/test: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing htsr_alloc[$*] and its dependencies into .venv"
-	@$(PIP) -e ".[$*]"
+	@$(PIP) -e ".[$(subst test,test$(COMMA)train,$*)]"
 	@touch $@
 
 .venv/lint: .venv/test

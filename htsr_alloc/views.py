@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.screen import Screen, bar, duration, size
 
 if TYPE_CHECKING:
     from htsr_alloc.cost import Cost
     from htsr_alloc.layers import LayerMap
+    from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.reading import Checkpoint
     from htsr_alloc.records import Allocation, Metrics
 
@@ -123,3 +125,25 @@ def show_allocation(screen: Screen, result: Allocation) -> None:
         screen.note(
             f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers; {said}"
         )
+
+
+def show_build(screen: Screen, model: Any, layers: Sequence[LayerReport]) -> None:
+    """One row a layer, then the sum."""
+    trainable, _ = model.get_nb_trainable_parameters()
+    frozen = sum(p.numel() for n, p in model.named_parameters() if "lora_moe_" not in n)
+    if screen.as_json:
+        rows = [asdict(row) for row in layers]
+        screen.result({"layers": rows, "trainable": trainable, "base": frozen})
+        return
+    columns = ["layer", "prefix", "experts", "top_k", "modules", "trainable", "share"]
+    screen.table(
+        columns,
+        [
+            [x.layer, x.prefix, x.experts, x.top_k, x.modules, f"{x.trainable:,}", f"{x.share:.2%}"]
+            for x in layers
+        ],
+        left=["prefix"],
+    )
+    screen.note(
+        f"{trainable:,} trainable parameters, {trainable / frozen:.2%} of the base's {frozen:,}"
+    )

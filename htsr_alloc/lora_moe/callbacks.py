@@ -1,0 +1,37 @@
+"""What a trainer is handed: the balance loss's value in its logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from htsr_alloc.lora_moe.tuner import STATE
+
+
+class RouterLossCallback(TrainerCallback):
+    """Adds ``router_aux_loss`` to the logs of any transformers Trainer.
+
+    The mean over forward passes since the last log of Σ coefficient · L; the ``loss`` that the
+    trainer logs does not contain it, so that it compares with a run without routers. Put it
+    before the reporting callbacks: ``Trainer(..., callbacks=[RouterLossCallback()])`` does.
+    """
+
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
+        """Read the value off the device and write it into this log."""
+        model: Any = kwargs.get("model")
+        value = router_aux_loss(model)
+        if value is None or logs is None or "loss" not in logs:
+            return
+        logs["router_aux_loss"] = value
+        if state.log_history:
+            state.log_history[-1]["router_aux_loss"] = value
+
+
+def router_aux_loss(model: Any) -> float | None:
+    """The mean weighted balance loss since this was last asked, or None if there was none."""
+    for module in model.modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            return state.pop()
+    return None

@@ -1,0 +1,142 @@
+"""A plain LoRA in place of a mixture, by the mean gate: approximate, with its measured error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.layer import LoraMoeLinear
+from htsr_alloc.lora_moe.report import evaluating, routing_report
+from htsr_alloc.lora_moe.tuner import layers_of
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """A plain LoRA.
+
+    Attributes:
+        factors: module -> (A (rank, d_in), B (d_out, rank)); the scale is in B.
+        error: ‖logits − logits'‖ / ‖logits‖ over the calibration batches, padding included.
+        exact: whether no router was averaged (one expert everywhere), so that the error is
+            rounding only.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    error: float
+    exact: bool
+
+    def save(self, folder: str | Path) -> None:
+        """An adapter folder that PEFT loads as LoRA, and ``collapse.json`` with the error."""
+        folder = Path(folder)
+        ranks = {name: a.shape[0] for name, (a, _) in self.factors.items()}
+        config = LoraConfig(
+            r=max(ranks.values()),
+            lora_alpha=max(ranks.values()),
+            target_modules=list(ranks),
+            rank_pattern={"^" + name.replace(".", r"\."): rank for name, rank in ranks.items()},
+            alpha_pattern={"^" + name.replace(".", r"\."): rank for name, rank in ranks.items()},
+            inference_mode=True,
+        )
+        config.save_pretrained(str(folder))
+        tensors = {}
+        for name, (a, b) in self.factors.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        label = {"approximate": not self.exact, "relative_logits_error": self.error}
+        (folder / "collapse.json").write_text(json.dumps(label) + "\n")
+
+
+def collapse(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter: str | None = None
+) -> Collapsed:
+    """Fix every gate at its mean over calibration batches, which makes the experts one LoRA.
+
+    Token-routed experts cannot be merged exactly: the gate is a function of the token. Read the
+    error before using the result.
+
+    Args:
+        batches: of the model's own arguments.
+
+    Raises:
+        HtsrError: no batch, or EM-DoRA, whose experts are no low-rank sums.
+    """
+    batches = list(batches)
+    adapted = list(layers_of(model))
+    adapter = adapter or adapted[0].active_adapters[0]
+    layers = [layer for layer in adapted if adapter in layer.mixture]
+    if any(layer.mixture[adapter].dora for layer in layers):
+        raise HtsrError("EM-DoRA's experts are no low-rank sums and cannot become a LoRA.")
+    if not batches:
+        raise HtsrError("collapse needs calibration batches.")
+    routed = any(
+        layer.mixture[adapter].experts > 1 or adapter in layer.em_place for layer in layers
+    )
+    gates = {}
+    if routed:
+        gates = {row.name: row.gate for row in routing_report(model, batches, adapter)}
+    factors = {layer.name: _factors(layer, adapter, gates) for layer in layers}
+    return Collapsed(factors, _error(model, batches, layers, factors), exact=not routed)
+
+
+@torch.no_grad()
+def _factors(
+    layer: LoraMoeLinear, adapter: str, gates: Mapping[str, tuple[float, ...]]
+) -> tuple[Tensor, Tensor]:
+    how = layer.mixture[adapter]
+    a, b = layer.lora_moe_A[adapter].detach(), layer.lora_moe_B[adapter].detach()
+    rank = a.shape[0] if how.system in ("mor", "hydra") else a.shape[0] // how.experts
+    if how.system == "em_lora":
+        block, index = layer.em_place[adapter]
+        gate = a.new_tensor([gates[block][index]])
+    else:
+        gate = a.new_tensor(gates.get(layer.name, [1.0]))  # (N,)
+    scale = layer.lora_moe_scale[adapter] if how.scale is None else how.scale
+    weights = (gate * scale).repeat_interleave(rank)  # (N r,)
+    if how.system == "mor":
+        b = (layer.lora_moe_lambda_B[adapter].t().unsqueeze(-1) * b.unsqueeze(1)).flatten(1)
+        weights = weights * layer.lora_moe_lambda_A[adapter].flatten()
+    b = b * weights
+    if how.system in ("mor", "hydra"):  # one A: the N terms add up
+        b = b.unflatten(1, (how.experts, rank)).sum(1)
+    if adapter in layer.lora_moe_res_A:
+        a = torch.cat([a, layer.lora_moe_res_A[adapter]])
+        b = torch.cat([b, -layer.lora_moe_res_B[adapter]], 1)
+    return a.clone(), b.clone()
+
+
+@torch.no_grad()
+def _error(
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    layers: list[LoraMoeLinear],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> float:
+    def replace(layer: LoraMoeLinear, args: tuple, out: Tensor) -> Tensor:
+        a, b = factors[layer.name]
+        low_rank = F.linear(F.linear(args[0].to(a.dtype), a), b)
+        return (layer.base_layer(args[0]) + low_rank).to(out.dtype)
+
+    difference = total = 0.0
+    with evaluating(model):
+        for batch in batches:
+            want = model(**batch).logits.double()
+            hooks = [layer.register_forward_hook(replace) for layer in layers]
+            try:
+                got = model(**batch).logits.double()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            difference += float((got - want).square().sum())
+            total += float(want.square().sum())
+    return (difference / total) ** 0.5

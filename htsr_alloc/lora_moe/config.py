@@ -1,0 +1,200 @@
+"""LoraMoeConfig: every system's settings, under the field's own names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.balance import REDUCTIONS
+from htsr_alloc.lora_moe.init import SEGMENTS
+from htsr_alloc.lora_moe.register import LORA_MOE
+
+SYSTEMS = ("alphalora", "goat", "goat_plus", "mor", "em_lora", "hydra", "adamole")
+GOAT = ("goat", "goat_plus")
+DENSE = ("mor", "hydra")  # all experts always: no top_k, no balance loss
+POOLERS = ("last", "mean", "max", "attention")
+WEIGHTINGS = ("prob", "straight_through")
+FORMAT_VERSION = 1
+
+
+@dataclass
+class LoraMoeConfig(PeftConfig):
+    """One mixture of LoRA experts on each targeted linear.
+
+    Args:
+        r: rank of one expert.
+        lora_alpha: the scale is lora_alpha / r, except GOAT's.
+        lora_dropout: on the experts' input, never on the router's.
+        target_modules: names, ends of names, a regular expression, or "all-linear". Default:
+            every linear but the head; for MoR those of the feed-forward block.
+        exclude_modules: as target_modules, left out.
+        num_experts: N wherever expert_pattern says nothing. 1 is plain LoRA.
+        expert_pattern: N by layer ("model.layers.3", "layers.3") or module ("q_proj", a full
+            name), each a regular expression for whole name parts. A full module name wins over
+            the rest; two others that disagree on a module are refused. 0 means no adapter.
+        top_k: experts a token uses; min(top_k, N) where a module has fewer.
+        top_k_pattern: top_k by layer or module, as expert_pattern; more than N is refused.
+        system: alphalora (also MoLA), goat, goat_plus, mor, em_lora, hydra or adamole.
+        router_aux_loss_coef: weight of the balance loss. Default 1e-3, for EM-LoRA 1e-2; MoR and
+            HydraLoRA have none.
+        router_aux_loss_reduction: how the modules' losses (1 each at balance) become one:
+            "layers" sums over layers the mean of a layer's modules (as MoLA does), "sum" adds
+            all modules (GOAT), "mean" averages them.
+        init_lora_weights: True for kaiming(a=√5), "gaussian" for normal of deviation 1/r.
+        goat_segment: O, P, M or R: which singular directions the experts get.
+        goat_rho: ρ of GOAT's eq. 10.
+        goat_eta: η of its scale √(3 d_in η / r).
+        goat_scale: "theorem" for that scale, "alpha" for lora_alpha / r as the released scripts.
+        em_pooler: attention, mean, max or last: how EM-LoRA's router reads a prompt.
+        em_weighting: "prob" or "straight_through", what multiplies the chosen expert.
+        em_dora: EM-DoRA, the experts being DoRA.
+        modules_to_save: trained and saved whole, as a classification head.
+        check_base: refuse to load on a base whose weights differ from the ones trained on.
+        base_probe: written by save_pretrained: a few numbers of every adapted weight.
+        format_version: of the adapter's files.
+
+    Raises:
+        HtsrError: a value out of its range, or settings that contradict each other.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    num_experts: int = 8
+    expert_pattern: dict[str, int] = field(default_factory=dict)
+    top_k: int = 2
+    top_k_pattern: dict[str, int] = field(default_factory=dict)
+    system: str = "alphalora"
+    router_aux_loss_coef: float | None = None
+    router_aux_loss_reduction: str = "layers"
+    init_lora_weights: bool | Literal["gaussian"] = True
+    goat_segment: str = "O"
+    goat_rho: float = 10.0
+    goat_eta: float = 1.0
+    goat_scale: str = "theorem"
+    em_pooler: str = "attention"
+    em_weighting: str = "prob"
+    em_dora: bool = False
+    modules_to_save: list[str] | None = None
+    check_base: bool = True
+    base_probe: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LORA_MOE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        choices = (
+            ("system", SYSTEMS),
+            ("router_aux_loss_reduction", REDUCTIONS),
+            ("goat_segment", SEGMENTS),
+            ("goat_scale", ("theorem", "alpha")),
+            ("em_pooler", POOLERS),
+            ("em_weighting", WEIGHTINGS),
+            ("init_lora_weights", (True, "gaussian")),
+        )
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise HtsrError(
+                    f"{name} cannot be {getattr(self, name)!r}.",
+                    f"Choose from {', '.join(map(str, allowed))}.",
+                )
+        for name, least in (("r", 1), ("num_experts", 0), ("top_k", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise HtsrError(f"{name} must be an integer of at least {least}, not {value!r}.")
+        for pattern, least in (("expert_pattern", 0), ("top_k_pattern", 1)):
+            for key, value in getattr(self, pattern).items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise HtsrError(f"{pattern}[{key!r}] must be at least {least}, not {value!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise HtsrError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.")
+        for name in ("lora_alpha", "goat_rho", "goat_eta"):
+            if not getattr(self, name) > 0:
+                raise HtsrError(f"{name} must be positive, not {getattr(self, name)!r}.")
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise HtsrError("router_aux_loss_coef cannot be negative.")
+        if self.system in DENSE and self.router_aux_loss_coef:
+            raise HtsrError(
+                f"{self.system} gives every token all experts and has no balance loss.",
+                "Leave router_aux_loss_coef out.",
+            )
+        if self.system in (*DENSE, "adamole", "em_lora") and self.top_k_pattern:
+            raise HtsrError(f"{self.system} has no top_k, so that top_k_pattern means nothing.")
+        if self.em_dora and self.system != "em_lora":
+            raise HtsrError("em_dora is EM-LoRA's variant.", "Set system='em_lora'.")
+
+    @property
+    def aux_coef(self) -> float:
+        """router_aux_loss_coef, or the system's own default."""
+        if self.router_aux_loss_coef is not None:
+            return self.router_aux_loss_coef
+        return {"mor": 0.0, "hydra": 0.0, "em_lora": 1e-2}.get(self.system, 1e-3)
+
+    def experts_of(self, module: str) -> int:
+        """N of the module with this full name."""
+        if self.system == "em_lora":  # the module is itself one expert of its layer
+            return min(_lookup(self.expert_pattern, module, 1, "expert_pattern"), 1)
+        return _lookup(self.expert_pattern, module, self.num_experts, "expert_pattern")
+
+    def top_k_of(self, module: str) -> int:
+        """min(top_k, N) of the module with this full name.
+
+        Raises:
+            HtsrError: top_k_pattern asks for more experts than the module has.
+        """
+        experts = self.experts_of(module)
+        asked = _lookup(self.top_k_pattern, module, None, "top_k_pattern")
+        if asked is not None and asked > experts:
+            raise HtsrError(
+                f"top_k_pattern asks for {asked} of {experts} experts on {module}.",
+                "Lower it, or use top_k, which is cut to what a module has.",
+            )
+        return min(self.top_k, experts) if asked is None else asked
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; the base's probe, taken when the adapter was made, is written too."""
+        before = self.base_probe
+        self.base_probe = getattr(self, "_probe", None) or before
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.base_probe = before
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse an adapter of a newer format before any of it is read."""
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise HtsrError(
+                f"The adapter has format version {version!r}, newer than this htsr_alloc reads "
+                f"({FORMAT_VERSION}).",
+                "Upgrade htsr_alloc.",
+            )
+        return super().check_kwargs(**kwargs)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern names the module, or a part of the model that holds it."""
+    return re.fullmatch(rf"(.*\.)?({pattern})(\..*)?", module) is not None
+
+
+def _lookup(patterns: dict[str, int], module: str, default: Any, what: str) -> Any:
+    if module in patterns:
+        return patterns[module]
+    found = {key: value for key, value in patterns.items() if matches(key, module)}
+    if len(set(found.values())) > 1:
+        raise HtsrError(
+            f"{what}: {' and '.join(map(repr, found))} disagree on {module}.",
+            "Make the patterns disjoint, or name the module in full.",
+        )
+    return next(iter(found.values()), default)

@@ -1,0 +1,218 @@
+"""What one forward pass of the model knows and its layers need: masks, and the loss's weight.
+
+Total = loss + share · Σ coefficient · L, where share is the part that this pass's tokens have in
+an accumulated batch. A hook on the model's loss is the first that backward reaches; it writes
+down the gradient it sees (gradient accumulation, a GradScaler, DDP's factor), which the nodes of
+``balance.inject`` then read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import prompt
+
+STATE = "lora_moe_state"  # attribute of the adapted model
+ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
+# Keys and values of attention over an encoder's states.
+CROSS_ATTENTION = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|k_proj|v_proj|key|value)$"
+)
+
+
+class Pass:
+    """One forward pass of the model.
+
+    Attributes:
+        masks: 2-d token masks by argument name, (B, S); None where the model was given none.
+        scale: 0-d float32, the gradient of the model's loss times share; known in backward.
+        share: this pass's part in the accumulated batch, 1 where the trainer does not say.
+        prompt: (B, S), EM-LoRA's prompt tokens; None where its choice is made already.
+        decisions: its gate weights (B, N) by block and adapter. probs: its p likewise.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, Tensor | None] | None = None, device: Any = None
+    ) -> None:
+        self.masks = dict(masks or {})
+        self.scale = torch.ones((), device=device)
+        self.share: Tensor | float = 1.0
+        self.weighed = False  # whether scale is known
+        self.prompt: Tensor | None = None
+        self.decisions: dict[tuple[str, str], Tensor] = {}
+        self.probs: dict[tuple[str, str], Tensor] = {}
+
+    def mask(self, shape: torch.Size, name: str) -> Tensor | None:
+        """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
+
+        Raises:
+            HtsrError: masks were given and none has this shape.
+        """
+        if not self.masks:
+            return None
+        decoder = DECODER in self.masks and "decoder" in name.split(".")
+        reads_encoder = CROSS_ATTENTION.search(name) is not None
+        found = self.masks.get(DECODER if decoder and not reads_encoder else ENCODER)
+        if found is None:
+            return None
+        if found.numel() == shape.numel():
+            return found.reshape(-1)
+        raise HtsrError(
+            f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
+            "that padding cannot be left out of the balance loss.",
+            "Exclude this module, or set router_aux_loss_coef=0.",
+        )
+
+
+class RouterState:
+    """What the layers of one model share: the current pass, and the loss since last asked."""
+
+    def __init__(self) -> None:
+        self.current = Pass()
+        self.total: Tensor | None = None
+        self.passes = 0
+        self.handles: list[Any] = []  # of the hooks on the model
+        self.by_prompt = False  # whether EM-LoRA is on the model, and on which blocks
+        self.routed: set[str] = set()
+        self.generating = self.prefilled = False
+
+    def add(self, value: Tensor) -> None:
+        """Count one pass's weighted loss; nothing waits for the device."""
+        self.total = value if self.total is None else self.total + value
+        self.passes += 1
+
+    def pop(self) -> float | None:
+        """The mean over passes since the last call, or None if there was none."""
+        if self.total is None:
+            return None
+        mean = float(self.total) / self.passes
+        self.total, self.passes = None, 0
+        return mean
+
+
+class _Mark:
+    """A hook on the gradient of one of the model's outputs; backward runs it before any layer.
+
+    It names the pass whose blocks are about to be recomputed, and writes down the loss's weight.
+    The loss itself tells it best; then TRL's per-token log-probabilities, where a negative
+    log-likelihood's gradients are minus each token's weight, so that their absolute sum is the
+    loss's weight times share. Other outputs cannot tell: 1 is taken, and said.
+    """
+
+    warned = False
+
+    def __init__(self, kind: str, state: RouterState, now: Pass, labelled: Any) -> None:
+        self.kind, self.state, self.now, self.labelled = kind, state, now, labelled
+
+    def __call__(self, grad: Tensor) -> None:
+        self.state.current = now = self.now
+        if now.weighed:  # by the loss, from which this output's gradient comes
+            return
+        # .data: the layers have saved this tensor, and it is meant to change under them.
+        if self.kind == "loss":
+            now.weighed = True
+            now.scale.data.copy_(grad.detach() * now.share)
+        elif self.kind == "log_probs":
+            now.weighed = True
+            weights = grad.detach().abs()
+            if self.labelled is not None:  # the others are zeros that the loss adds up too
+                weights = weights * self.labelled
+            now.scale.data.copy_(weights.sum())
+        elif not _Mark.warned:
+            _Mark.warned = True
+            warnings.warn(
+                "The loss was computed outside the model, so the balance loss cannot see its "
+                "weight and is added with weight 1; pass labels to the model to have it exact "
+                "under gradient accumulation and loss scaling.",
+                stacklevel=2,
+            )
+
+
+class PassHooks:
+    """The two hooks on the adapted model: open a pass before it, mark its outputs after it."""
+
+    def __init__(self, model: nn.Module, state: RouterState) -> None:
+        self.state = state
+        self.names = list(inspect.signature(model.forward).parameters)
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Open a pass with this call's token masks."""
+        given = self.arguments(args, kwargs)
+        masks: dict[str, Tensor | None] = {}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            masks = {ENCODER: None, DECODER: None}
+        for name in (ENCODER, DECODER):
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                masks[name] = mask
+        device = next(model.parameters()).device
+        before = self.state.current
+        self.state.current = now = Pass(masks, device)
+        if self.state.by_prompt:
+            self.read_prompt(given, now, before)
+        labels, items = given.get("labels"), given.get("num_items_in_batch")
+        if isinstance(labels, Tensor) and items is not None:
+            # Counted as transformers' Trainer counts its items, so that the shares sum to 1.
+            if getattr(model, "loss_type", None) == "ForCausalLM":
+                labels = given.get("shift_labels", labels[..., 1:])
+            now.share = (labels != -100).sum() / items
+
+    def read_prompt(self, given: dict[str, Any], now: Pass, before: Pass) -> None:
+        """Find EM-LoRA's prompt tokens, or keep to the choice of the pass before."""
+        state, past = self.state, given.get("past_key_values")
+        continues = past is not None and past.get_seq_length() > 0
+        if continues or (state.generating and state.prefilled):
+            now.decisions = before.decisions
+            return
+        state.prefilled = True
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
+        mask = given.get(ENCODER)
+        if isinstance(mask, Tensor) and mask.shape != tokens.shape:
+            raise HtsrError(
+                f"EM-LoRA needs an attention mask of the tokens' shape {tuple(tokens.shape)}, and "
+                f"was given {tuple(mask.shape)}.",
+                "Use the dynamic cache and a 2-d mask.",
+            )
+        prompt.refuse_packing(mask, given)
+        now.prompt = prompt.prompt_tokens(mask, given.get("labels"), tokens)
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Mark the outputs; add up the pass's balance loss."""
+        if not model.training:
+            return
+        values = [m.router_aux_loss for m in routers(model) if m.router_aux_loss is not None]
+        if not values:
+            return
+        device = values[0].device
+        self.state.add(torch.stack([value.to(device) for value in values]).sum())
+        if not torch.is_grad_enabled():
+            return
+        now, state = self.state.current, self.state
+        if isinstance(output, Mapping):
+            outputs: dict[Any, Any] = dict(output)
+        else:
+            outputs = dict(enumerate(output if isinstance(output, (tuple, list)) else [output]))
+        has_labels = self.arguments(args, kwargs).get("labels") is not None
+        for key, value in outputs.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                first = key == 0 and has_labels and value.dim() == 0
+                kind = "loss" if first else str(key)
+                value.register_hook(_Mark(kind, state, now, outputs.get("label_mask")))
+
+
+def routers(model: nn.Module) -> Iterator[Any]:
+    """The modules that carry a balance loss."""
+    return (m for m in model.modules() if hasattr(m, "router_aux_loss"))

@@ -1,0 +1,157 @@
+"""What the routers do on a data set: load, entropy and idle share, as data and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.passes import STATE, RouterState
+from htsr_alloc.lora_moe.tuner import layers_of
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """One router over a data set; padding is left out.
+
+    Attributes:
+        name: the linear, or for EM-LoRA the transformer layer, whose experts are its linears.
+        tokens: how many tokens (EM-LoRA: prompts) were routed.
+        load: share of all choices that fell on each expert; sums to 1.
+        idle: share of tokens that do not use each expert.
+        gate: mean weight of each expert.
+        entropy: mean of −Σ p ln p / ln N over tokens: 1 is undecided, 0 decided.
+    """
+
+    name: str
+    tokens: int
+    load: tuple[float, ...]
+    idle: tuple[float, ...]
+    gate: tuple[float, ...]
+    entropy: float
+
+
+class _Sums:
+    """Running sums of one router, on its device."""
+
+    def __init__(self) -> None:
+        self.tokens: Any = 0
+        self.chosen: Any = 0
+        self.gate: Any = 0
+        self.entropy: Any = 0
+
+    def add(self, weights: Tensor, probs: Tensor, mask: Tensor | None) -> None:
+        """weights, probs: (T, N). mask: (T,)."""
+        weights, probs = weights.double(), probs.double()
+        kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
+        entropy = -torch.special.xlogy(probs, probs).sum(-1)
+        self.tokens = self.tokens + kept.sum()
+        self.chosen = self.chosen + ((weights > 0) * kept[:, None]).sum(0)
+        self.gate = self.gate + (weights * kept[:, None]).sum(0)
+        self.entropy = self.entropy + (entropy * kept).sum()
+
+    def report(self, name: str) -> RouterReport:
+        """The means."""
+        tokens, n = float(self.tokens), len(self.chosen)
+        choices = max(float(self.chosen.sum()), 1.0)
+        return RouterReport(
+            name,
+            int(tokens),
+            load=tuple((self.chosen / choices).tolist()),
+            idle=tuple((1 - self.chosen / tokens).tolist()),
+            gate=tuple((self.gate / tokens).tolist()),
+            entropy=float(self.entropy) / tokens / float(torch.tensor(n).double().log()),
+        )
+
+
+def routing_report(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter: str | None = None
+) -> list[RouterReport]:
+    """Run the model over batches of its own arguments, and sum up every router.
+
+    Modules with one expert have no router and no row.
+
+    Raises:
+        HtsrError: no batch, or no router.
+    """
+    sums: dict[str, _Sums] = {}
+    adapter = adapter or _active(model)
+    state = _state(model)
+
+    def look(layer: Any, args: tuple) -> None:
+        x = args[0]
+        if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
+            routing = layer.route(x, adapter)
+            mask = state.current.mask(x.shape[:-1], layer.name)
+            sums.setdefault(layer.name, _Sums()).add(
+                routing.weights.flatten(0, -2), routing.probs.flatten(0, -2), mask
+            )
+
+    with evaluating(model), torch.no_grad():
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers_of(model)]
+        try:
+            for batch in batches:
+                model(**batch)
+                for (block, name), weights in state.current.decisions.items():
+                    if name == adapter:
+                        probs = state.current.probs[(block, name)]
+                        sums.setdefault(block, _Sums()).add(weights, probs, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if not sums:
+        raise HtsrError("No router was seen.", "Give batches, and an adapter of several experts.")
+    return [value.report(name) for name, value in sums.items()]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() inside, the mode of before afterwards."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _active(model: Any) -> str:
+    return next(layers_of(model)).active_adapters[0]
+
+
+def _state(model: nn.Module) -> RouterState:
+    for module in model.modules():
+        if STATE in module.__dict__:
+            return module.__dict__[STATE]
+    raise HtsrError("The model has no LoRA-MoE adapter.")
+
+
+def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
+    """A heat map, one row a router and one column an expert: its load times N (1 is balance).
+
+    Raises:
+        HtsrError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    most = max(len(row.load) for row in reports)
+    cells = [
+        [x * len(row.load) for x in row.load] + [float("nan")] * (most - len(row.load))
+        for row in reports
+    ]
+    figure = Figure(figsize=(2 + 0.5 * most, 1 + 0.18 * len(reports)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(reports)), [row.name for row in reports], fontsize=5)
+    axes.set_xticks(range(most))
+    axes.set_xlabel("expert")
+    figure.colorbar(image, label="load times N")
+    figure.savefig(path)

@@ -1,0 +1,169 @@
+"""The PEFT tuner: puts the layers in, and what they share around them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import em, probe
+from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
+from htsr_alloc.lora_moe.layer import LoraMoeLinear
+from htsr_alloc.lora_moe.linears import base_weight
+from htsr_alloc.lora_moe.passes import STATE, PassHooks, RouterState
+from htsr_alloc.lora_moe.register import NAME, register
+
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
+                "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip
+
+
+class LoraMoeModel(BaseTuner):
+    """Adapts a model's linears; made by ``get_peft_model`` and ``PeftModel.from_pretrained``."""
+
+    prefix = NAME + "_"
+    tuner_layer_cls = LoraMoeLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call, with its hooks, which peft 0.20 would leave out."""
+        return self.model(*args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+            if peft_config.system == "mor":
+                names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+                found = names.intersection(FEED_FORWARD)
+                if not found:
+                    raise HtsrError(
+                        "MoR adapts the feed-forward linears, and none was recognised.",
+                        "Name them in target_modules.",
+                    )
+                peft_config.target_modules = found
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
+        found = check_target_module_exists(peft_config, key)
+        if found and peft_config.experts_of(key) == 0:
+            return False
+        return found
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.base_layer if isinstance(target, LoraMoeLinear) else target
+        if peft_config.base_probe is not None and peft_config.check_base:
+            probe.check(peft_config.base_probe, current_key, base)
+        if isinstance(target, LoraMoeLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = LoraMoeLinear(base, current_key, state_of(self.model))  # type: ignore[arg-type]
+        layer._active_adapter = self.active_adapter
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)  # parameters were made on the right device
+        if not isinstance(new_module, LoraMoeLinear):  # unloading
+            new_module.requires_grad_(False)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
+        """As PEFT's, then: patterns that matched nothing are refused, losses weighted."""
+        config: Any = self.peft_config[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = {m.name: m for m in layers_of(model) if adapter_name in m.mixture}
+        for kind in ("expert_pattern", "top_k_pattern"):
+            for pattern, value in getattr(config, kind).items():
+                zero = kind == "expert_pattern" and value == 0
+                names = [n for n, _ in model.named_modules()] if zero else layers
+                if not any(matches(pattern, name) for name in names):
+                    raise HtsrError(
+                        f"{kind}: {pattern!r} matches no adapted module.",
+                        f"The first adapted module is {next(iter(layers))}.",
+                    )
+        if config.system == "em_lora":
+            blocks: dict[str, list[LoraMoeLinear]] = {}
+            for name, layer in layers.items():
+                blocks.setdefault(layer_key(name), []).append(layer)
+            em.attach(model, blocks, adapter_name, config, state_of(model))
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        _weigh_losses(layers, adapter_name, config)
+        config._probe = config.base_probe or {
+            name: probe.take(layer.base_layer) for name, layer in layers.items()
+        }
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are float32 already; ``autocast_adapter_dtype=False`` takes the base's dtype."""
+        if autocast_adapter_dtype:
+            return
+        for layer in layers_of(self.model):
+            dtype = base_weight(layer.base_layer).dtype
+            if dtype.is_floating_point:
+                for name in (*layer.adapter_layer_names, *layer.other_param_names[:3]):
+                    parameters = getattr(layer, name)
+                    if adapter_name in parameters:
+                        parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+
+    def unload(self) -> torch.nn.Module:
+        """The base model as it was: no adapter, no hook."""
+        model = super().unload()
+        state: RouterState | None = model.__dict__.pop(STATE, None)
+        for handle in state.handles if state is not None else ():
+            handle.remove()
+        model.__dict__.pop("generate", None)
+        return model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Always refused."""
+        next(layers_of(self.model)).merge()
+        raise AssertionError
+
+
+def layers_of(model: nn.Module):
+    """The adapted linears of a model."""
+    return (m for m in model.modules() if isinstance(m, LoraMoeLinear))
+
+
+def state_of(model: nn.Module) -> RouterState:
+    """The state that the model's layers share; on first use its hooks are put on the model."""
+    state = getattr(model, STATE, None)
+    if state is None:
+        state = RouterState()
+        hooks = PassHooks(model, state)
+        setattr(model, STATE, state)
+        state.handles = [
+            model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            model.register_forward_hook(hooks.after, with_kwargs=True),
+        ]
+    return state
+
+
+def layer_key(name: str) -> str:
+    """The transformer layer that a module is in: its name up to the first number."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return match[0] if match else name.rpartition(".")[0]
+
+
+def _weigh_losses(layers: dict[str, LoraMoeLinear], adapter: str, config: LoraMoeConfig) -> None:
+    """Each router's weight in the sum, by router_aux_loss_reduction."""
+    routed = {n: m for n, m in layers.items() if adapter in m.lora_moe_router}
+    for name, layer in routed.items():
+        same = [n for n in routed if layer_key(n) == layer_key(name)]
+        parts = {"sum": 1, "mean": len(routed), "layers": len(same)}
+        layer.aux_weight[adapter] = config.aux_coef / parts[config.router_aux_loss_reduction]
+
+
+register(LoraMoeConfig, LoraMoeModel)
