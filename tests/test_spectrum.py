@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from htsr_alloc import engines
 from htsr_alloc.engines import ENGINES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
@@ -180,3 +181,24 @@ def test_cuda_equals_the_cpu(shape):
     weight = weights(*shape, dtype=torch.float16)
     found, expected = spectrum(weight, device="cuda"), spectrum(weight)
     np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-9)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError])
+def test_a_device_that_gives_up_leaves_the_matrix_to_the_cpu(error, monkeypatch):
+    """Stood in for by torch's meta device, on which nothing can be computed."""
+    exact = engines.ENGINES["auto"]
+
+    def gives_up(tall, bins):
+        if tall.is_meta:
+            raise error("device")
+        return exact(tall, bins)
+
+    monkeypatch.setitem(engines.ENGINES, "auto", gives_up)
+    weight = weights(50, 30)
+    found = spectrum(weight, device="meta")
+    np.testing.assert_allclose(found.eigenvalues, reference(weight), rtol=1e-11)
+    why = "out of memory" if error is torch.OutOfMemoryError else "no convergence"
+    assert found.engine.endswith(f" on the CPU (meta: {why})")
+    monkeypatch.setitem(engines.ENGINES, "auto", lambda tall, bins: gives_up(tall.to("meta"), bins))
+    with pytest.raises(error):
+        spectrum(weight)  # on the CPU there is nothing to fall back to
