@@ -42,13 +42,27 @@ def gemm_peak(dtype: torch.dtype, n: int = 2048) -> float:
     return 2 * n**3 / min(seconds)
 
 
+def parts(n: int) -> None:
+    """CPU seconds of each part of ``exact`` in two stages, on an n x n matrix."""
+    library = lapack.load()
+    matrix = weight(n, n, torch.Generator().manual_seed(0))
+    gram, a = clock(lambda: engines.gram(matrix), 1)
+    first, band = clock(lambda: library.sy2sb(a, engines.bandwidth(n)), 1)
+    second, (d, e) = clock(lambda: library.sb2st(band), 1)
+    last, _ = clock(lambda: library.sterf(d, e), 1)
+    print(f"{n}x{n}: gram {gram:.2f}, sy2sb {first:.2f}, sb2st {second:.2f}, sterf {last:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-error", action="store_true")
+    parser.add_argument("--parts", type=int, metavar="N", help="only time exact's parts at n = N")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.parts:
+        return parts(arguments.parts)
     peak = {"float64": gemm_peak(torch.float64), "float32": gemm_peak(torch.float32)}
     print("gemm peak of one core, GFLOP/s:", {k: round(v / 1e9) for k, v in peak.items()})
     print(

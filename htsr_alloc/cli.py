@@ -5,16 +5,28 @@ Heavy imports stand inside the commands: ``--help`` and ``allocate`` load no tor
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from htsr_alloc import __version__, views
+from htsr_alloc.command import (
+    ESTIMATOR_HELP,
+    AsJson,
+    CacheDir,
+    Exclude,
+    Include,
+    Offline,
+    OutFile,
+    Quiet,
+    Revision,
+    Source,
+    Token,
+    app,
+    command,
+)
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.screen import Screen, parse_size
 
@@ -22,56 +34,6 @@ if TYPE_CHECKING:
     from htsr_alloc.layers import LayerMap
     from htsr_alloc.reading import Checkpoint
     from htsr_alloc.records import Metrics
-
-app = typer.Typer(
-    name="htsr",
-    help="Decide from a model's weights how many LoRA experts each layer gets.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-)
-
-Source = Annotated[str, typer.Argument(help="A .safetensors file, a folder, or a hub id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]
-Token = Annotated[Optional[str], typer.Option(help="Access token of the hub.")]
-CacheDir = Annotated[Optional[Path], typer.Option(help="Where hub files are cached.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's local cache only.")]
-Include = Annotated[
-    Optional[list[str]], typer.Option(help="Only tensors like this, as '*self_attn*'; repeatable.")
-]
-Exclude = Annotated[Optional[list[str]], typer.Option(help="No tensors like this; repeatable.")]
-OutFile = Annotated[
-    Optional[Path], typer.Option("--output", "-o", help="Where to write; - is stdout.")
-]
-ESTIMATOR_HELP = "official, paper, band, median or ks."
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose known failures end in one sentence and an exit code."""
-
-    @functools.wraps(function)
-    def run(**arguments: Any) -> None:
-        debug = os.environ.get("HTSR_DEBUG") == "1"
-        try:
-            function(**arguments)
-        except HtsrError as error:
-            if debug:
-                raise
-            Screen().error(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            if debug:
-                raise
-            Screen().warn("interrupted; the same command goes on where this one stopped.")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of our output (head, less) has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-
-    return app.command(name=function.__name__.lstrip("_"))(run)
 
 
 def main() -> None:
@@ -94,7 +56,7 @@ def _options(
     pass
 
 
-@_command
+@command
 def inspect(
     source: Source,
     revision: Revision = None,
@@ -112,7 +74,7 @@ def inspect(
     _inspect(screen, checkpoint, include, exclude)
 
 
-@_command
+@command
 def analyze(
     source: Source,
     output: OutFile = None,
@@ -190,7 +152,7 @@ def analyze(
     _warn_unfitted(screen, metrics, strict)
 
 
-@_command
+@command
 def fit(
     metrics: Annotated[Path, typer.Argument(help="A metrics file with its spectra beside it.")],
     estimator: Annotated[str, typer.Option(help=ESTIMATOR_HELP)],
@@ -214,7 +176,7 @@ def fit(
     _warn_unfitted(screen, fitted, strict)
 
 
-@_command
+@command
 def allocate(
     metrics: Annotated[
         Optional[Path], typer.Argument(help="A metrics file; default the newest here.")
@@ -285,7 +247,7 @@ def allocate(
     screen.note(f"wrote {path}")
 
 
-@_command
+@command
 def export(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
     to: Annotated[str, typer.Option(help="mola, peft-rank, axolotl or csv.")],
@@ -334,7 +296,7 @@ def export(
         screen.note(f"wrote {output}")
 
 
-@_command
+@command
 def build(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
     model: Annotated[Path, typer.Option(help="The model's folder; --dry-run reads its config.")],

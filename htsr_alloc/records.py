@@ -7,16 +7,14 @@ The same rules stand as JSON Schema in ``schemas/``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import types
 import typing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
-from htsr_alloc import __version__
+from htsr_alloc import __version__, decoding
 from htsr_alloc.errors import HtsrError
 
 METRICS = ("pl_alpha_hill", "alpha_hat", "stable_rank")
@@ -286,9 +284,9 @@ def loads(kind: type[Record], text: str | bytes, source: str) -> Record:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        data = decoding.parse(text)
         _check_header(kind, data)
-        record = _decode(kind, data, "")
+        record = decoding.decode(kind, data)
         record.check()
     except RecursionError:
         raise HtsrError(f"{source} is nested too deeply to be {kind.FORMAT}.") from None
@@ -311,65 +309,6 @@ def _check_header(kind: type[Metrics] | type[Allocation], data: Any) -> None:
         raise ValueError(f"version: expected {kind.VERSION}, found {version!r}")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return record
-
-
 def _check_bare_name(name: str, where: str) -> None:
     if name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
         raise ValueError(f"{where}: must be a bare file name, not {name!r}")
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _decode(kind: Any, data: Any, where: str) -> Any:
-    """``data`` as an instance of ``kind``: a dataclass, a tuple, an optional or a scalar."""
-    name = where or "the file"
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(data, dict):
-            raise ValueError(f"{name}: expected an object")
-        hints = _hints(typing.cast(type, kind))
-        unknown = sorted(set(data) - set(hints))
-        if unknown:
-            raise ValueError(f"{name}: unknown key {unknown[0]!r}")
-        for field in dataclasses.fields(kind):
-            if field.name not in data and field.default is dataclasses.MISSING:
-                raise ValueError(f"{name}: key {field.name!r} is missing")
-        prefix = f"{where}." if where else ""
-        fields = {key: _decode(hints[key], value, prefix + key) for key, value in data.items()}
-        return typing.cast(Any, kind)(**fields)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):  # only "X | None" is used here
-        return None if data is None else _decode(args[0], data, where)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise ValueError(f"{name}: expected a list")
-        if args[-1] is not ... and len(data) != len(args):
-            raise ValueError(f"{name}: expected {len(args)} entries, found {len(data)}")
-        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if kind is float:
-        if isinstance(data, bool) or not isinstance(data, (int, float)):
-            raise ValueError(f"{name}: expected a number")
-        try:
-            value = float(data)
-        except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: the number is out of range")
-        return value
-    if type(data) is not kind:
-        wanted = {int: "an integer", str: "a string", bool: "true or false"}[kind]
-        raise ValueError(f"{name}: expected {wanted}")
-    return data
