@@ -136,6 +136,19 @@ def test_auto_leaves_what_float32_cannot_vouch_for_to_float64(weight, monkeypatc
     assert name.endswith("(float32 not certain)") == tried
 
 
+@needs_lapack
+def test_float32_is_dropped_where_the_peak_of_these_bins_is_uncertain(monkeypatch):
+    """Whatever the seed, some number of bins puts an edge within float32's error."""
+    monkeypatch.setattr(engines, "TWO_STAGE", 100)
+    weight = heavy(500, 150, seed=0)
+    taken = {bins: engines.auto(weight, bins)[1].endswith("guarded") for bins in range(2, 200, 3)}
+    for bins, guarded in taken.items():
+        values = engines.symmetric_eigenvalues(engines.gram(weight, np.float32))
+        certain = engines.peak_is_certain(values, engines.float32_error(values), bins)
+        assert guarded == certain, bins
+    assert set(taken.values()) == {True, False}
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     exponents=st.lists(st.floats(-3, 3), min_size=3, max_size=60),
