@@ -15,8 +15,8 @@ import torch
 from peers import alpha_peak
 from synthetic import weight
 
-from htsr_alloc import engines, lapack
 from htsr_alloc.estimators import fit
+from htsr_alloc.linalg import engines, lapack
 
 SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
 

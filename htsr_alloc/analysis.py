@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from htsr_alloc import __version__, files, lapack
+from htsr_alloc import __version__, files
 from htsr_alloc.cost import flops
-from htsr_alloc.decompose import Limits, decompose_all
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import fit
-from htsr_alloc.journal import Entry, Journal
 from htsr_alloc.layers import LayerMap, MatrixRef, map_layers
+from htsr_alloc.linalg import lapack
 from htsr_alloc.measure import measure, summarise
-from htsr_alloc.ranks import Ranks
-from htsr_alloc.reading import Checkpoint
 from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
+from htsr_alloc.running.decompose import Limits, decompose_all
+from htsr_alloc.running.journal import Entry, Journal
+from htsr_alloc.running.ranks import Ranks
+from htsr_alloc.sources.reading import Checkpoint
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
 

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.local import open_file, open_folder
-from htsr_alloc.reading import Checkpoint
+from htsr_alloc.sources.local import open_file, open_folder
+from htsr_alloc.sources.reading import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -40,7 +40,7 @@ def open_checkpoint(
         return open_folder(path)
     text = str(source)
     if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
-        from htsr_alloc import hub
+        from htsr_alloc.sources import hub
 
         return hub.open_hub(
             text, revision=revision, token=token, cache_dir=cache_dir, offline=offline

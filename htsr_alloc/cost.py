@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.layers import MatrixRef
-from htsr_alloc.listing import FLOAT_DTYPES
+from htsr_alloc.sources.listing import FLOAT_DTYPES
 
 BASE_BYTES = 320 << 20  # Python, torch and their buffers, resident
 WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
@@ -32,7 +32,7 @@ def flops(matrix: MatrixRef) -> float:
 def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
     """What one matrix and its worker hold: the matrix as stored (and scaled, in float32), its
     Gram matrix, which LAPACK overwrites and torch copies, and two chunks of rows."""
-    from htsr_alloc import lapack
+    from htsr_alloc.linalg import lapack
 
     m, n = max(matrix.shape), min(matrix.shape)
     size = FLOAT_DTYPES[matrix.ref.dtype][0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.sources.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
 
 # The word before a block's number, by the families that use it. A number after any other word
 # makes a block only when the same weights recur under at least two numbers; and bare weights

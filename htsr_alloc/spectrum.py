@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from htsr_alloc.cost import ROW_CHUNK
-from htsr_alloc.engines import ENGINES, check_engine
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.linalg.engines import ENGINES, check_engine
 from htsr_alloc.records import Farms
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]

@@ -58,7 +58,7 @@ def invoke(tmp_path, monkeypatch) -> Callable[..., Result]:
     """The same command inside this process, which saves the import of torch."""
     from typer.testing import CliRunner
 
-    from htsr_alloc.cli import app
+    from htsr_alloc.cli.main import app
 
     for name in ("HTSR_DEBUG", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)

@@ -511,7 +511,7 @@ def test_interrupted_stopped_killed_and_run_again(busy, tmp_path, invoke):
 
 MEASURE = r"""
     import re, sys
-    from htsr_alloc.cli import app
+    from htsr_alloc.cli.main import app
     app(sys.argv[1:], standalone_mode=False)
     # Not ru_maxrss, which starts at what this test's own process holds.
     print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])

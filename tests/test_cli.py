@@ -224,7 +224,7 @@ def test_version(run):
 IMPORTED = f"""
 import sys
 sys.argv[0] = "htsr"
-from htsr_alloc.cli import main
+from htsr_alloc.cli.main import main
 try:
     main()
 finally:

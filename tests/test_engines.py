@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htsr_alloc import band, engines, lapack
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import ESTIMATORS, fit
+from htsr_alloc.linalg import band, engines, lapack
 from htsr_alloc.spectrum import spectrum
 
 needs_lapack = pytest.mark.skipif(

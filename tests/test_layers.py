@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from htsr_alloc.checkpoint import open_checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.layers import map_layers
-from htsr_alloc.listing import FLOAT_DTYPES, TensorRef
+from htsr_alloc.sources.listing import FLOAT_DTYPES, TensorRef
 
 
 def refs(tensors, dtype="BF16"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import environment, llama, write_shards
 
-from htsr_alloc.ranks import Ranks
+from htsr_alloc.running.ranks import Ranks
 
 
 def analyze(folder: Path, ranks: int, *arguments: str, start_only: bool = False):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.schedule import available_cores, run
+from htsr_alloc.running.schedule import available_cores, run
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htsr_alloc import engines
-from htsr_alloc.engines import ENGINES
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.linalg import engines
+from htsr_alloc.linalg.engines import ENGINES
 from htsr_alloc.records import Farms
 from htsr_alloc.spectrum import choose_device, spectrum
 

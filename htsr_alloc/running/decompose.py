@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from htsr_alloc import schedule
 from htsr_alloc.cost import fixed_bytes, flops, matrix_bytes, workers_bytes
-from htsr_alloc.engines import check_engine
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.journal import Entry
 from htsr_alloc.layers import MatrixRef
-from htsr_alloc.reading import Checkpoint
+from htsr_alloc.linalg.engines import check_engine
 from htsr_alloc.records import Settings
+from htsr_alloc.running import schedule
+from htsr_alloc.running.journal import Entry
+from htsr_alloc.sources.reading import Checkpoint
 from htsr_alloc.spectrum import spectrum
 
 THREADS_PER_GPU = 2  # one reads and copies while the other's matrix is decomposed

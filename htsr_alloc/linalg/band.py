@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from htsr_alloc.lapack import Lapack
+from htsr_alloc.linalg.lapack import Lapack
 
 WIDTH = 64
 EPS32 = float(np.finfo(np.float32).eps)

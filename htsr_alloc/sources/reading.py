@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.listing import (
+from htsr_alloc.sources.listing import (
     FLOAT_DTYPES,
     SCALE_SUFFIXES,
     Listing,

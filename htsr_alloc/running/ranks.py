@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from htsr_alloc.journal import Entry, read_journal
+from htsr_alloc.running.journal import Entry, read_journal
 
 Task = TypeVar("Task")
 PATIENCE = timedelta(days=30)  # ranks end hours apart on large models

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from htsr_alloc import lapack
-from htsr_alloc.band import FLOOR, IN_RANGE, band
 from htsr_alloc.cost import ROW_CHUNK
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.linalg import lapack
+from htsr_alloc.linalg.band import FLOOR, IN_RANGE, band
 
 # (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
 # -> n ascending float64 eigenvalues, and what computed them

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, read_bytes
-from htsr_alloc.listing import (
+from htsr_alloc.sources.listing import (
     Shard,
     choose_files,
     list_tensors,
@@ -15,7 +15,7 @@ from htsr_alloc.listing import (
     read_config,
     refuse_format,
 )
-from htsr_alloc.reading import Checkpoint
+from htsr_alloc.sources.reading import Checkpoint
 
 
 def open_file(path: Path) -> Checkpoint:

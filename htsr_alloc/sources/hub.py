@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.listing import Shard, choose_files, list_tensors, local_header, parse_object
-from htsr_alloc.local import open_folder
-from htsr_alloc.reading import Checkpoint
+from htsr_alloc.sources.listing import Shard, choose_files, list_tensors, local_header, parse_object
+from htsr_alloc.sources.local import open_folder
+from htsr_alloc.sources.reading import Checkpoint
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
 

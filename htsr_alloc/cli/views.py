@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from htsr_alloc.screen import Screen, bar, duration, size
+from htsr_alloc.cli.screen import Screen, bar, duration, size
 
 if TYPE_CHECKING:
     from htsr_alloc.cost import Cost
     from htsr_alloc.layers import LayerMap
     from htsr_alloc.lora_moe.build import LayerReport
-    from htsr_alloc.reading import Checkpoint
     from htsr_alloc.records import Allocation, Metrics
+    from htsr_alloc.sources.reading import Checkpoint
 
 
 def show_inspection(

@@ -1,0 +1,1 @@
+"""The ``htsr`` command: its arguments, its output, one file a command."""

@@ -1,0 +1,49 @@
+"""``htsr inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from htsr_alloc.cli import views
+from htsr_alloc.cli.opening import layer_map_of, opened
+from htsr_alloc.cli.options import (
+    AsJson,
+    CacheDir,
+    Exclude,
+    Include,
+    Offline,
+    Quiet,
+    Revision,
+    Source,
+    Token,
+)
+from htsr_alloc.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from htsr_alloc.sources.reading import Checkpoint
+
+
+def inspect(
+    source: Source,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List a checkpoint's layers and matrices from its headers, and what analyze would take."""
+    screen = Screen(as_json, quiet)
+    checkpoint = opened(source, revision, token, cache_dir, offline)
+    show(screen, checkpoint, include, exclude)
+
+
+def show(screen: Screen, checkpoint: Checkpoint, include, exclude) -> None:
+    from htsr_alloc.cost import predict
+    from htsr_alloc.running.schedule import available_cores
+
+    layer_map = layer_map_of(checkpoint, include, exclude)
+    cost = predict(layer_map.matrices, available_cores())
+    views.show_inspection(screen, checkpoint, layer_map, cost)

@@ -1,0 +1,51 @@
+"""The ``htsr`` command: arguments in, one call each, output through ``Screen``.
+
+One file a command. Heavy imports stand inside the commands: ``--help`` and ``allocate`` load no
+torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from htsr_alloc import __version__
+from htsr_alloc.cli.allocate import allocate
+from htsr_alloc.cli.analyze import analyze
+from htsr_alloc.cli.build import build
+from htsr_alloc.cli.export import export
+from htsr_alloc.cli.failures import ends_well
+from htsr_alloc.cli.fit import fit
+from htsr_alloc.cli.inspect import inspect
+
+app = typer.Typer(
+    name="htsr",
+    help="Decide from a model's weights how many LoRA experts each layer gets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+for command in (inspect, analyze, fit, allocate, export, build):  # the order of --help
+    app.command()(ends_well(command))
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"htsr {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,24 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="A .safetensors file, a folder, or a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]
+Token = Annotated[Optional[str], typer.Option(help="Access token of the hub.")]
+CacheDir = Annotated[Optional[Path], typer.Option(help="Where hub files are cached.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's local cache only.")]
+Include = Annotated[
+    Optional[list[str]], typer.Option(help="Only tensors like this, as '*self_attn*'; repeatable.")
+]
+Exclude = Annotated[Optional[list[str]], typer.Option(help="No tensors like this; repeatable.")]
+OutFile = Annotated[
+    Optional[Path], typer.Option("--output", "-o", help="Where to write; - is stdout.")
+]
+ESTIMATOR_HELP = "official, paper, band, median or ks."
