@@ -16,9 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from htsr_alloc.cost import ROW_CHUNK
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.linalg import lapack
+from htsr_alloc.linalg import ROW_CHUNK, lapack
 from htsr_alloc.linalg.band import FLOOR, IN_RANGE, band
 
 # (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
