@@ -36,13 +36,19 @@ RATIO = 3e-4  # least lambda_min / lambda_max for float32
 
 def portable(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
     """float64 in torch, on the device that the matrix is on."""
+    where = "" if tall.device.type == "cpu" else f" on {tall.device}"
+    values = torch.linalg.eigvalsh(portable_gram(tall)).cpu().numpy()
+    return values, f"float64 Gram, eigvalsh{where}"
+
+
+def portable_gram(tall: torch.Tensor) -> torch.Tensor:
+    """W^T W in float64 on W's device, over blocks of rows. (m, n) -> (n, n)."""
     n = tall.shape[1]
     total = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
     for rows in tall.split(ROW_CHUNK):
         wide = rows.double()
         total.addmm_(wide.T, wide)
-    where = "" if tall.device.type == "cpu" else f" on {tall.device}"
-    return torch.linalg.eigvalsh(total).cpu().numpy(), f"float64 Gram, eigvalsh{where}"
+    return total
 
 
 def exact(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
