@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from htsr_alloc import __version__, files
+from htsr_alloc.checkpoint import open_checkpoint
 from htsr_alloc.cost import flops
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import fit
@@ -78,13 +79,14 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
 
 
 def analyze(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    output: RunFiles | None = None,
+    source: Checkpoint | str | Path,
+    settings: Settings | None = None,
+    output: RunFiles | str | Path | None = None,
     *,
     limits: Limits | None = None,
     restart: bool = False,
     progress: Progress | None = None,
+    **chosen: Any,
 ) -> Metrics | None:
     """Analyse every linear weight in the blocks of a checkpoint.
 
@@ -94,9 +96,11 @@ def analyze(
     each rank takes a share.
 
     Args:
-        checkpoint: see ``open_checkpoint``.
-        settings: estimator, bins, engine, device, FARMS, selection.
-        output: where to write; None writes nothing.
+        source: a checkpoint, or what ``open_checkpoint`` opens: a file, a folder or a hub id.
+        settings: estimator, bins, engine, device, FARMS, selection. The default estimator is
+            ``official``, with FARMS ``median``.
+        **chosen: single settings, as ``estimator="median"``, over ``settings``.
+        output: where to write, as ``x.metrics.json``; None writes nothing.
         limits: workers and memory; default all cores and what they need.
         restart: ignore the journal of an earlier run.
         progress: wraps the stream of (matrix, was it resumed), one item a finished matrix.
@@ -109,6 +113,12 @@ def analyze(
             settings, too little memory allowed. A matrix without a spectrum is no error: it is
             recorded with its reason.
     """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if settings is None:
+        settings = Settings("median" if chosen.get("farms") else "official")
+    settings = replace(settings, **chosen)
+    if isinstance(output, (str, Path)):
+        output = RunFiles(Path(output))
     layer_map = plan(checkpoint, settings)
     fit(np.ones(0), settings.estimator, settings.bins)  # refuse a wrong estimator before the work
     identity = _identity(checkpoint, settings)

@@ -91,7 +91,7 @@ def measure(
     assert own.strategy.beta is not None
     weights = parse_metric(request.get("metric", "pl_alpha_hill"))
     causes: dict[str, Any] = {}
-    counts: dict[str, list[Sequence[int]]] = {}
+    counts: dict[str, list[tuple[int, ...]]] = {}
 
     def add(cause: str, labels: Any, made: Iterator[Allocation]) -> None:
         causes[cause], counts[cause] = labels, [result.experts for result in made]

@@ -21,8 +21,8 @@ def spend(
     The quotas are q_i = tau w_i, brought within the bounds, with the tau at which they cost
     ``params`` (costs interpolated between whole numbers). Each count is its quota rounded down,
     or one more. Among all such counts the costs come closest to ``params`` from below; of
-    several that come as close, the one that rounds up the largest remainders first, the first
-    on ties.
+    several that come as close, the one that rounds up the largest remainders first; on ties the
+    larger weight, then the first.
 
     Args:
         weights: not negative, one a unit (a layer, or a linear).
@@ -54,7 +54,7 @@ def spend(
     floors = [math.floor(q) for q in quota]
     gap = params - sum(cost.of(n) for cost, n in zip(costs, floors, strict=True))
     able = [i for i, n in enumerate(floors) if weights[i] > 0 and bounds.allow(n + 1)]
-    able.sort(key=lambda i: (floors[i] - quota[i], i))
+    able.sort(key=lambda i: (floors[i] - quota[i], -weights[i], i))
     steps = [costs[i].of(floors[i] + 1) - costs[i].of(floors[i]) for i in able]
     counts = list(floors)
     for i, up in zip(able, _closest(steps, gap), strict=True):
