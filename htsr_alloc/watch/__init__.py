@@ -1,0 +1,25 @@
+"""The three metrics of a model in memory: weights, LoRA products, and both together.
+
+``watch`` is a plain function; ``WatchCallback`` calls it in a transformers Trainer and is imported
+on first use, as transformers is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from htsr_alloc.watch.measure import Watched, watch
+from htsr_alloc.watch.products import product_spectrum
+
+if TYPE_CHECKING:
+    from htsr_alloc.watch.callback import WatchCallback
+
+__all__ = ["WatchCallback", "Watched", "product_spectrum", "watch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WatchCallback":
+        from htsr_alloc.watch.callback import WatchCallback
+
+        return WatchCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
