@@ -4,7 +4,7 @@
 
 One thread. ``product_spectrum`` is what ``watch`` and ``WatchCallback`` call for each LoRA module
 or expert; ``dense`` forms the float64 m x n matrix and calls svdvals, at most once a shape and
-rank. Times are medians; the three metrics of both must agree.
+rank. CPU times, medians; the three metrics of both must agree.
 """
 
 import argparse
@@ -14,16 +14,16 @@ import time
 import torch
 
 from htsr_alloc.estimators import fit, stable_rank
-from htsr_alloc.watch import product_spectrum
+from htsr_alloc.watching import product_spectrum
 
 
 def timed(function, rounds):
-    """The median of ``rounds`` wall times in ms, and the last result."""
+    """The median of ``rounds`` CPU times in ms, and the last result."""
     times, result = [], None
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         result = function()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (time.process_time() - start))
     return statistics.median(times), result
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from htsr_alloc.allocation import Bounds, allocate
+    from htsr_alloc.allocation import Bounds, allocate, read_scores
     from htsr_alloc.analysis import analyze
     from htsr_alloc.checkpoint import open_checkpoint
     from htsr_alloc.errors import HtsrError
     from htsr_alloc.estimators import fit
     from htsr_alloc.records import Allocation, Farms, Metrics, Settings, dumps, loads
+    from htsr_alloc.watching import Watched, watch
 
 # Public name -> module. Imported on first use, so that `import htsr_alloc` loads no torch.
 _PUBLIC = {
@@ -29,6 +30,9 @@ _PUBLIC = {
     "analyze": "analysis",
     "allocate": "allocation",
     "Bounds": "allocation",
+    "read_scores": "allocation",
+    "watch": "watching",
+    "Watched": "watching",
 }
 __all__ = [
     "Allocation",
@@ -37,6 +41,7 @@ __all__ = [
     "HtsrError",
     "Metrics",
     "Settings",
+    "Watched",
     "__version__",
     "allocate",
     "analyze",
@@ -44,6 +49,8 @@ __all__ = [
     "fit",
     "loads",
     "open_checkpoint",
+    "read_scores",
+    "watch",
 ]
 
 

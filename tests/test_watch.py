@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import fit
-from htsr_alloc.watch import product_spectrum, watch
+from htsr_alloc.watching import product_spectrum, watch
 
 MOE = ["alphalora", "goat", "goat_plus", "mor", "hydra", "adamole"]
 
@@ -237,7 +237,7 @@ class Reporter:
 def test_trainer_logs(tmp_path, system):
     from moe_train import trainer
 
-    from htsr_alloc.watch import WatchCallback
+    from htsr_alloc.watching import WatchCallback
 
     targets = {"target_modules": ["q_proj", "up_proj"]}
     torch.manual_seed(0)
@@ -268,7 +268,7 @@ def test_the_last_log_is_the_model_as_it_is(tmp_path):
     """Full fine-tuning: the base changes, and is measured each time."""
     from moe_train import trainer
 
-    from htsr_alloc.watch import WatchCallback
+    from htsr_alloc.watching import WatchCallback
 
     model = tiny.llama()
     callback = WatchCallback(3, ["*.0.mlp.up_proj"], estimator="median")
@@ -287,7 +287,7 @@ def test_the_last_log_is_the_model_as_it_is(tmp_path):
 def test_a_wrong_pattern_ends_training_before_it_starts(tmp_path):
     from moe_train import trainer
 
-    from htsr_alloc.watch import WatchCallback
+    from htsr_alloc.watching import WatchCallback
 
     with pytest.raises(HtsrError, match="No linear of the model"):
         trainer(tiny.llama(), tmp_path, callbacks=[WatchCallback(1, ["nothing"])]).train()
@@ -297,7 +297,7 @@ def test_a_wrong_pattern_ends_training_before_it_starts(tmp_path):
 
 def test_the_function_needs_no_transformers():
     script = (
-        "import sys, htsr_alloc.watch; "
+        "import sys, htsr_alloc.watching; "
         "print([n for n in ('transformers', 'peft') if n in sys.modules])"
     )
     done = subprocess.run(

@@ -5,7 +5,19 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 
-from htsr_alloc.records.facts import ADDED, Farms, File, Model, Tool, check_bare_name
+from htsr_alloc.frames import frame
+from htsr_alloc.records.facts import (
+    ADDED,
+    Farms,
+    File,
+    Model,
+    Tool,
+    check_bare_name,
+    named_table,
+)
+
+if typing.TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,20 @@ class Allocation:
 
     FORMAT: typing.ClassVar[str] = "htsr.allocation"
     VERSION: typing.ClassVar[int] = 1
+
+    def to_pandas(self, table: str = "layers") -> DataFrame:
+        """The layers, or the ``modules`` that have counts of their own, as a pandas table.
+
+        Raises:
+            HtsrError: pandas is not installed, or there is no such table.
+        """
+        named_table(table, ("layers", "modules"))
+        if table == "modules":
+            return frame(self.modules, Module)
+        rows = self.evidence or tuple(
+            Evidence(i, None, None, None, n) for i, n in enumerate(self.experts)
+        )
+        return frame(rows, Evidence).assign(top_k=self.top_k)
 
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from htsr_alloc import __version__
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.frames import frame
+
+if typing.TYPE_CHECKING:
+    from pandas import DataFrame
 
 METRICS = ("pl_alpha_hill", "alpha_hat", "stable_rank")
 
@@ -158,6 +163,15 @@ class Metrics:
     FORMAT: typing.ClassVar[str] = "htsr.metrics"
     VERSION: typing.ClassVar[int] = 1
 
+    def to_pandas(self, table: str = "layers") -> DataFrame:
+        """The layers, the ``matrices`` or the ``skipped`` tensors as a pandas table.
+
+        Raises:
+            HtsrError: pandas is not installed, or there is no such table.
+        """
+        kinds = {"layers": Layer, "matrices": Matrix, "skipped": Skipped}
+        return frame(getattr(self, named_table(table, kinds)), kinds[table])
+
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
         if [layer.layer for layer in self.layers] != list(range(len(self.layers))):
@@ -178,6 +192,13 @@ class Metrics:
                 raise ValueError(f"layers[{layer.layer}].reason: a null number needs a reason")
         if self.spectra is not None:
             check_bare_name(self.spectra.file, "spectra.file")
+
+
+def named_table(table: str, kinds: Iterable[str]) -> str:
+    """The table's name; HtsrError where there is none of it."""
+    if table not in kinds:
+        raise HtsrError(f"There is no table {table!r}.", f"Choose from {', '.join(kinds)}.")
+    return table
 
 
 def check_bare_name(name: str, where: str) -> None:

@@ -13,8 +13,8 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import alpha_hat, fit, stable_rank
 from htsr_alloc.records import FAILED, MARKED
 from htsr_alloc.spectrum import Spectrum, spectrum
-from htsr_alloc.watch.adapters import Linear, Product, linears
-from htsr_alloc.watch.products import product_spectrum
+from htsr_alloc.watching.adapters import Linear, Product, linears
+from htsr_alloc.watching.products import product_spectrum
 
 KINDS = ("base", "merged", "ba")
 
