@@ -1,5 +1,6 @@
 # make demo   the main job on a real checkpoint         make test   the tests
-# make lint   ruff and pyright                          make clean  removes .venv and build
+# make lint   ruff and pyright                          make docs   the site, in build/site
+# make clean  removes .venv and build
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
 # and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
@@ -15,7 +16,7 @@ COMMA := ,
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -41,6 +42,10 @@ lint: .venv/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 clean:
 	rm -rf .venv build
 
@@ -56,4 +61,8 @@ clean:
 
 .venv/lint: .venv/test
 	@$(PIP) -e ".[dev]"
+	@touch $@
+
+.venv/docs: .venv/test
+	@$(PIP) -e ".[docs]"
 	@touch $@
