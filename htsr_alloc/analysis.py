@@ -19,14 +19,13 @@ from htsr_alloc.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.linalg import lapack
 from htsr_alloc.measure import measure, summarise
 from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
+from htsr_alloc.results import FARMS_SUFFIX
 from htsr_alloc.running.decompose import Limits, decompose_all
 from htsr_alloc.running.journal import Entry, Journal
 from htsr_alloc.running.ranks import Ranks
 from htsr_alloc.sources.reading import Checkpoint
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
-
-FARMS_SUFFIX = "#farms"  # the pooled spectrum of a matrix, beside the whole one
 
 
 @dataclass(frozen=True)
