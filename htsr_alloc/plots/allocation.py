@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
@@ -43,7 +45,7 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
         label=name,
     )
     edges = np.arange(count + 1) - 0.5
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "uniform": {"color": "black", "linestyle": "--"},
         "MoLA-2468": {"color": COLOURS[1], "linestyle": "-"},
     }

@@ -92,9 +92,9 @@ def esd_figure(
             shape = " x ".join(str(n) for n in matrices[0].shape)
             figure.suptitle(f"{metrics_title(metrics)}, {shape}", fontsize=9)
             return figure
-        columns = min(PANEL_COLUMNS, max(2, round(len(matrices) ** 0.5)), len(matrices))
+        columns = min(PANEL_COLUMNS, max(3, round(len(matrices) ** 0.5)), len(matrices))
         rows = -(-len(matrices) // columns)
-        figure = new_figure(1.7 * columns + 0.4, 1.55 * rows + 0.7)
+        figure = new_figure(max(6.0, 1.7 * columns + 0.4), 1.55 * rows + 0.7)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, matrix, own in zip(grid, matrices, values, strict=False):
             if own is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.ticker import MaxNLocator
 
 from htsr_alloc.plots.style import COLOUR_MAP, LABELS, line_styles, plain
@@ -67,8 +68,7 @@ def draw_heatmap(axes: Axes, metrics: Metrics, metric: str) -> None:
     axes.patch.set(facecolor="white", hatch="xxx", edgecolor="0.7")
     known = table[np.isfinite(table)]
     low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
-    beyond = (bool((known < low).any()), bool((known > high).any()))
-    tips = {(True, True): "both", (True, False): "min", (False, True): "max"}
+    below, above = bool((known < low).any()), bool((known > high).any())
     mesh = axes.pcolormesh(
         np.arange(table.shape[1] + 1) - 0.5,
         np.arange(len(roles) + 1) - 0.5,
@@ -85,8 +85,11 @@ def draw_heatmap(axes: Axes, metrics: Metrics, metric: str) -> None:
     axes.tick_params(left=False)
     number_layers(axes, table.shape[1])
     beside = axes.inset_axes((1.01, 0, 0.015, 1))
-    mesh.get_figure(root=True).colorbar(
-        mesh, cax=beside, extend=tips.get(beyond, "neither"), label=LABELS[metric]
+    Colorbar(
+        beside,
+        mesh,
+        extend="both" if below and above else "min" if below else "max" if above else "neither",
+        label=LABELS[metric],
     )
     if table.shape[1] <= FEW_LAYERS:
         for (row, column), value in np.ndenumerate(table):

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib.style
 from matplotlib.figure import Figure
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import atomic_write
+from htsr_alloc.text import printable
 
 # Okabe and Ito's palette; grey for its yellow, which is lost on white, black is the mean's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
@@ -68,7 +69,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def line_styles() -> Iterator[dict[str, str]]:
+def line_styles() -> Iterator[dict[str, Any]]:
     """Endless: neighbours differ in colour and marker, and after a round in dashes."""
     for i in itertools.count():
         yield {
@@ -84,7 +85,7 @@ def plain(text: object, most: int = 60) -> str:
     No character that drives anything, at most ``most`` of them (the middle is left out), and no
     dollar sign that would start a formula.
     """
-    shown = "".join(c if c.isprintable() else "?" for c in str(text))
+    shown = printable(text)
     if len(shown) > most:
         head = (most - 1) // 2
         shown = f"{shown[:head]}…{shown[len(shown) - (most - 1 - head) :]}"
