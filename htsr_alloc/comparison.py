@@ -49,7 +49,8 @@ class MetricsComparison:
             layers is interpolated at the depths of the other's (first layer 0, last layer 1), and
             matrices are not paired.
         roles: means over the layers.
-        matrices: the same layer, role and expert in both, the most changed first.
+        matrices: the same layer, role and expert in both: first those with a value in one file
+            only, then the most changed.
         unmatched: matrices of one file only.
         settings: what the two were measured differently by, as ``estimator: official, ks``.
         mean_change, largest_change: of the layers' absolute differences.
@@ -197,9 +198,14 @@ def _pair(
 
 
 def _close(pair: Pair, tolerance: float) -> bool:
+    return _change(pair) <= tolerance
+
+
+def _change(pair: Pair) -> float:
+    """The absolute difference; gaining or losing a value is the largest change."""
     if pair.difference is None:
-        return pair.reference is None and pair.other is None
-    return abs(pair.difference) <= tolerance
+        return 0.0 if pair.reference is None and pair.other is None else np.inf
+    return abs(pair.difference)
 
 
 def _at_depths(values: np.ndarray, depths: np.ndarray) -> np.ndarray:
@@ -215,7 +221,7 @@ def _at_depths(values: np.ndarray, depths: np.ndarray) -> np.ndarray:
 def _matrices(
     reference: Metrics, other: Metrics, metric: str
 ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
-    """The pairs, most changed first and those without a difference last; then what has none."""
+    """The pairs, the most changed first; then what has no partner."""
     a, b = _identified(reference.matrices), _identified(other.matrices)
     pairs = []
     for key in a.keys() & b.keys():
@@ -223,7 +229,7 @@ def _matrices(
         x, y = (np.nan if value is None else value for value in values)
         pair = _pair(a[key].tensor, x, y, a[key].reason, b[key].reason)
         pairs.append((key, pair))
-    pairs.sort(key=lambda item: (-abs(item[1].difference or 0.0), item[0][0], item[1].name))
+    pairs.sort(key=lambda item: (-_change(item[1]), item[0][0], item[1].name))
     unmatched = [f"{m.tensor}: only in the reference" for key, m in a.items() if key not in b]
     unmatched += [f"{m.tensor}: only in the other file" for key, m in b.items() if key not in a]
     return tuple(pair for _, pair in pairs), tuple(unmatched)

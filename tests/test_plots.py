@@ -20,7 +20,7 @@ from htsr_alloc.records import Allocation, Metrics, dumps, loads
 from htsr_alloc.results import open_spectra
 
 DATA = ROOT / "data"
-HOSTILE = "$\\frac{1}$ <b>&\x1b[2J‮\n名字$" + "x" * 300
+HOSTILE = "$\\frac{1}$ <b>&\x1b[2J\u202e\n名字$" + "x" * 300
 
 
 def read(name, kind=Metrics):
@@ -331,9 +331,12 @@ def test_hostile_names_are_only_drawn(tmp_path, suffix):
 
 
 def test_plain_names():
-    assert style.plain("a\x1b\n‮$b$") == r"a???\$b\$"
+    assert style.plain("a\x1b\n\u202e$b$") == r"a???\$b\$"
     assert style.plain("x" * 100, 11) == "xxxxx…xxxxx"
     assert style.plain("\ud800") == "?"
+    metrics = made_metrics(deep_table(2)[:, :2], roles=("_hidden", "b"))
+    (axes,) = plots.plot(metrics, view="layers").axes
+    assert [t.get_text().strip() for t in axes.get_legend().get_texts()] == ["_hidden", "b", "mean"]
 
 
 # --- errors ---------------------------------------------------------------------------------

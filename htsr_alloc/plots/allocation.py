@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from htsr_alloc.allocation import mola_counts
 from htsr_alloc.plots.layers import legend_beside, mark_stacks, number_layers
-from htsr_alloc.plots.style import COLOURS
+from htsr_alloc.plots.style import COLOURS, plain
 from htsr_alloc.records import Allocation
 
 MOLA = (2, 4, 6, 8)  # MoLA-2468, the paper's "inverted triangle"
@@ -34,7 +34,7 @@ def baselines(allocation: Allocation) -> dict[str, list[float]]:
 def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     """Bars of the experts of each layer; steps of the baselines."""
     count = len(allocation.experts)
-    name = allocation.strategy.name if allocation.strategy else "allocation"
+    name = plain(allocation.strategy.name, 28) if allocation.strategy else "allocation"
     bars = axes.bar(
         range(count),
         allocation.experts,

@@ -82,14 +82,14 @@ def line_styles() -> Iterator[dict[str, Any]]:
 def plain(text: object, most: int = 60) -> str:
     """A name from a file as a figure may show it.
 
-    No character that drives anything, at most ``most`` of them (the middle is left out), and no
-    dollar sign that would start a formula.
+    No character that drives anything, at most ``most`` of them (the middle is left out), no
+    dollar sign that would start a formula, no underscore first, which keeps a name off a legend.
     """
     shown = printable(text)
     if len(shown) > most:
         head = (most - 1) // 2
         shown = f"{shown[:head]}…{shown[len(shown) - (most - 1 - head) :]}"
-    return shown.replace("$", r"\$")
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def format_of(path: Path) -> str:
