@@ -355,6 +355,6 @@ def test_the_figures_are_seen(chromium, tmp_path):
     browse(chromium, page, tmp_path)
     colours = image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)
     count = {colour: number for number, colour in colours}
-    assert count.get((0x56, 0xB4, 0xE9), 0) > 2000  # bars of the allocation
+    assert count.get((0xB5, 0xDC, 0xF4), 0) > 2000  # bars of the allocation
     assert count.get((0xFE, 0xE8, 0x38), 0) > 200  # the heat map's brightest
     assert count.get((0xFF, 0xF6, 0xE0), 0) > 2000  # the cautions' box, by the page's own style

@@ -15,6 +15,7 @@ from htsr_alloc.plots.style import COLOURS, plain
 from htsr_alloc.records import Allocation
 
 MOLA = (2, 4, 6, 8)  # MoLA-2468, the paper's "inverted triangle"
+BARS = "#B5DCF4"  # pale enough that the steps stand out in a grey print
 MANY = 40  # layers from which the bars carry no numbers
 
 
@@ -39,7 +40,7 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
         range(count),
         allocation.experts,
         width=0.8,
-        color=COLOURS[5],
+        color=BARS,
         edgecolor="black",
         linewidth=0.5,
         label=name,

@@ -33,11 +33,12 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
             label=plain(role, 28),
             linewidth=0.9,
             markersize=3.2,
-            markevery=(i % every, every),
+            markevery=marked(values, i % every, every),
             alpha=0.9,
             **style,
         )
-    axes.plot(x, means, color="black", linewidth=2.6, label="mean", zorder=3)
+    bold = {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 3}
+    axes.plot(x, means, label="mean", zorder=3, **bold)
     partial = [layer.layer for layer in metrics.layers if layer.unfitted]
     if partial:
         axes.plot(
@@ -126,6 +127,14 @@ def draw_models(axes: Axes, models: Sequence[tuple[str, Metrics]], metric: str) 
     legend_beside(axes)
 
 
+def marked(values: np.ndarray, start: int, every: int) -> list[int]:
+    """Where a line has markers: now and then, and at values between gaps, where it has no line."""
+    known = np.pad(np.isfinite(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    alone[start::every] = True
+    return np.flatnonzero(alone).tolist()
+
+
 def relative_depth(layers: int) -> np.ndarray:
     """(layers,) from 0, the first layer, to 1, the last; the only one of a model is at 0."""
     return np.arange(layers) / max(1, layers - 1)
@@ -134,7 +143,9 @@ def relative_depth(layers: int) -> np.ndarray:
 def number_layers(axes: Axes, count: int) -> None:
     """The x axis: whole layers, as many numbers as there is room for."""
     axes.set_xlim(-0.5, count - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
     axes.set_xlabel("layer")
 
 
