@@ -358,6 +358,8 @@ def spoil(name):
             (folder / "minilm.spectra.safetensors").write_bytes(b"other")
         elif name == "never kept":
             data["spectra"] = None
+        elif name == "no bins":
+            data["settings"]["bins"] = 10**12
         elif name == "no layers":
             data["layers"], data["matrices"] = [], []
         (folder / "minilm.metrics.json").write_text(json.dumps(data))
@@ -371,6 +373,7 @@ def spoil(name):
         ("no spectra", ["--layer", 0], "There is no minilm.spectra.safetensors beside"),
         ("other spectra", ["--layer", 0], "is not the file that minilm.metrics.json was written"),
         ("never kept", ["--layer", 0], "was written without spectra"),
+        ("no bins", ["--layer", 0], "A histogram of 1000000000000 bins cannot be drawn"),
         ("no layers", [], "The metrics hold no layers."),
         (None, ["--matrix", "encoder.layer.0.attention.self.quer"], "hold no matrix"),
         (None, ["--matrix", "*nothing*"], "The metrics hold no matrix '*nothing*'"),

@@ -15,6 +15,7 @@ from htsr_alloc.plots.style import look, new_figure, plain
 from htsr_alloc.records import Allocation, Matrix, Metrics
 
 MOST_PANELS = 120
+MOST_BINS = 10_000
 PANEL_COLUMNS = 8
 
 
@@ -82,6 +83,8 @@ def esd_figure(
             "Choose fewer with --matrix, --layer or --role.",
         )
     values, bins = spectra_of(matrices, spectra), metrics.settings.bins
+    if not 1 <= bins <= MOST_BINS:
+        raise HtsrError(f"A histogram of {bins} bins cannot be drawn (1 to {MOST_BINS}).")
     with look():
         if len(matrices) == 1:
             if values[0] is None:
