@@ -134,14 +134,9 @@ def _state(model: nn.Module) -> RouterState:
 
 def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
     """A heat map, one row a router and one column an expert: its load times N (1 is balance).
-
-    Raises:
-        HtsrError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     most = max(len(row.load) for row in reports)
     cells = [
         [x * len(row.load) for x in row.load] + [float("nan")] * (most - len(row.load))
