@@ -6,16 +6,25 @@ CPU seconds of the thread, minimum of the repeats. The share counts m n^2 + 4/3 
 matrix by symmetry, the tridiagonalisation) against gemm's rate in the engine's own precision,
 measured in the same run. The error is that of the least, the largest and alpha (`official`)
 against float64 svdvals, which --no-error leaves out: it takes longest by far.
+
+    python benchmarks/engines.py --guard CHECKPOINT [...]
+
+holds the float32 route's errors on the rectangular matrices of checkpoints, and on 60 synthetic
+ones, to the bound that guards it.
 """
 
 import argparse
 import time
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from peers import alpha_peak
 from synthetic import weight
 
+from htsr_alloc.checkpoint import open_checkpoint
 from htsr_alloc.estimators import fit
+from htsr_alloc.layers import map_layers
 from htsr_alloc.linalg import engines, lapack
 
 SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
@@ -53,14 +62,47 @@ def parts(n: int) -> None:
     print(f"{n}x{n}: gram {gram:.2f}, sy2sb {first:.2f}, sb2st {second:.2f}, sterf {last:.2f}")
 
 
+def guard(sources: list[str]) -> None:
+    """The worst error of the float32 route, as a share of ``float32_error``."""
+    worst, count = {}, {}
+    for source, tall in rectangular(sources):
+        exact = engines.exact(tall)[0]
+        values = engines.symmetric_eigenvalues(engines.gram(tall, np.float32))
+        share = float((abs(values - exact) / engines.float32_error(values)).max())
+        worst[source] = max(worst.get(source, 0.0), share)
+        count[source] = count.get(source, 0) + 1
+    for source, share in worst.items():
+        print(f"{source}: {count[source]} matrices, worst error {share:.0%} of the bound")
+
+
+def rectangular(sources: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(where from, W) with W (m, n), m >= 1.5 n."""
+    for source in sources:
+        checkpoint = open_checkpoint(source)
+        found = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+        for matrix in found.matrices:
+            weight_ = checkpoint.read(matrix.ref, matrix.index)
+            tall = weight_ if weight_.shape[0] >= weight_.shape[1] else weight_.T
+            if tall.shape[0] >= engines.TALL * tall.shape[1]:
+                yield source, tall
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        n = 64 << seed % 5
+        m = int(n * (1.5, 2.7, 4.0)[seed % 3])
+        yield "synthetic", weight(m, n, generator)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-error", action="store_true")
     parser.add_argument("--parts", type=int, metavar="N", help="only time exact's parts at n = N")
+    parser.add_argument("--guard", nargs="+", metavar="CHECKPOINT", help="only check that bound")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.guard:
+        return guard(arguments.guard)
     if arguments.parts:
         return parts(arguments.parts)
     peak = {"float64": gemm_peak(torch.float64), "float32": gemm_peak(torch.float32)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from htsr_alloc.results import FARMS_SUFFIX
 from htsr_alloc.running.decompose import Limits, decompose_all
 from htsr_alloc.running.journal import Entry, Journal
 from htsr_alloc.running.ranks import Ranks
+from htsr_alloc.sources.listing import FLOAT_DTYPES
 from htsr_alloc.sources.reading import Checkpoint
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
@@ -166,6 +168,9 @@ def _assemble(
             weights_sha256=hashlib.sha256(hashes).hexdigest(),
             architecture=checkpoint.architecture,
             num_layers=len(layer_map.prefixes),
+            parameters=sum(
+                math.prod(ref.shape) for ref in checkpoint.tensors if ref.dtype in FLOAT_DTYPES
+            ),
         ),
         settings=settings,
         spectra=None,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.layers import MatrixRef
+from htsr_alloc.linalg import ROW_CHUNK
 from htsr_alloc.sources.listing import FLOAT_DTYPES
 
 BASE_BYTES = 320 << 20  # Python, torch and their buffers, resident
 WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
-ROW_CHUNK = 512  # rows of a matrix upcast at a time: 16 MiB of float64 at 4096 columns
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,14 @@ def to_mola(allocation: Allocation, lora: Lora) -> str:
     """Arguments of the MoLA and AlphaLoRA training scripts.
 
     Raises:
-        HtsrError: a layer without experts, which those scripts cannot build.
+        HtsrError: a layer without experts, or linears with counts of their own, which those
+            scripts cannot build.
     """
+    if allocation.modules:
+        raise HtsrError(
+            "MoLA's trainer has one count a layer, and this allocation one a linear.",
+            "Allocate without --per-module, or export --to peft-rank.",
+        )
     if 0 in allocation.experts:
         layer = allocation.experts.index(0)
         raise HtsrError(
@@ -59,6 +65,8 @@ def to_peft_rank(
     anchors them itself, as ``(.*\.)?(key)$``. A ``^`` would keep them from modules that a task
     head's class puts under a prefix (``bert.``), which would silently get the plain ``r``.
 
+    Linears that have counts of their own get ranks of their own, and no other is targeted.
+
     Args:
         modules: block prefix -> full names of the linears in it. With it every module has a
             pattern of its own, checked to match it and nothing else; without it there is one
@@ -75,7 +83,7 @@ def to_peft_rank(
             "The allocation does not say which modules its layers are.",
             "Allocate from a metrics file, which knows the prefixes.",
         )
-    if modules is None and not lora.target_modules:
+    if modules is None and not lora.target_modules and not allocation.modules:
         raise HtsrError(
             "PEFT must be told which modules to adapt.",
             "Give --model, or --target q_proj --target v_proj ...",
@@ -86,36 +94,74 @@ def to_peft_rank(
             f"The model has {unknown[0]}, which is not in the allocation.",
             "Give the model that the allocation was made for.",
         )
-    ranks: dict[str, int] = {}
-    targets: list[str] = []
-    for prefix, experts in layers:
-        assert prefix is not None
-        if modules is None:
-            keys = {
-                rf"{re.escape(prefix)}\.(.*\.)?{re.escape(target)}": None
-                for target in lora.target_modules
-            }
-        else:
-            keys = {re.escape(name): name for name in _selected(modules, prefix, lora)}
-        if experts == 0:
-            continue
-        ranks |= dict.fromkeys(keys, experts)
-        targets += [name if name is not None else key for key, name in keys.items()]
+    if allocation.modules:
+        ranks = _listed_ranks(allocation, lora, modules)
+    else:
+        ranks = _layer_ranks(layers, lora, modules)
     if not ranks:
         raise HtsrError("No layer has an expert, so that there is nothing to train.")
-    if modules is not None:
-        every = [name for names in modules.values() for name in names]
-        _check_patterns(ranks, every)
+    named = modules is not None or bool(allocation.modules)
+    if named:
+        every = [name for names in (modules or {}).values() for name in names]
+        _check_patterns(ranks, every or [module.name for module in allocation.modules])
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": targets if modules else rf"(.*\.)?({'|'.join(targets)})",
+        "target_modules": [_unescaped(key) for key in ranks] if named else _any_of(ranks),
         "rank_pattern": {key: lora.r * n for key, n in ranks.items()},
         "alpha_pattern": {key: lora.lora_alpha * n for key, n in ranks.items()},
     }
     return json.dumps(config, indent=1) + "\n"
+
+
+def _layer_ranks(
+    layers: Sequence[tuple[str | None, int]],
+    lora: Lora,
+    modules: Mapping[str, Sequence[str]] | None,
+) -> dict[str, int]:
+    """Pattern -> experts, of every layer's linears (or, without their names, its targets)."""
+    ranks: dict[str, int] = {}
+    for prefix, experts in layers:
+        assert prefix is not None
+        if modules is None:
+            keys = [
+                rf"{re.escape(prefix)}\.(.*\.)?{re.escape(target)}"
+                for target in lora.target_modules
+            ]
+        else:
+            keys = [re.escape(name) for name in _selected(modules, prefix, lora)]
+        if experts:
+            ranks |= dict.fromkeys(keys, experts)
+    return ranks
+
+
+def _listed_ranks(
+    allocation: Allocation, lora: Lora, modules: Mapping[str, Sequence[str]] | None
+) -> dict[str, int]:
+    """Pattern -> experts, of the linears that the allocation lists."""
+    listed = [module for module in allocation.modules if _targeted(module.name, lora)]
+    if not listed:
+        raise HtsrError(f"The allocation lists no {' or '.join(lora.target_modules)}.")
+    ranks = {module.name: module.experts for module in listed if module.experts}
+    if modules is not None:
+        known = {name for names in modules.values() for name in names}
+        for name in ranks:
+            if name not in known:
+                raise HtsrError(
+                    f"The allocation lists {name}, which is no linear of the model.",
+                    "Give the model that the allocation was made for.",
+                )
+    return {re.escape(name): experts for name, experts in ranks.items()}
+
+
+def _unescaped(pattern: str) -> str:
+    return re.sub(r"\\(.)", r"\1", pattern)
+
+
+def _any_of(patterns: Mapping[str, int]) -> str:
+    return rf"(.*\.)?({'|'.join(patterns)})"
 
 
 def to_axolotl(allocation: Allocation, lora: Lora) -> str:
@@ -124,7 +170,8 @@ def to_axolotl(allocation: Allocation, lora: Lora) -> str:
     axolotl has one rank for all layers. Where the allocation needs several, the YAML starts
     from an adapter folder made with the ``peft-rank`` export, and says how.
     """
-    present = sorted(set(allocation.experts) - {0})
+    counts = [row.experts for row in allocation.modules] or allocation.experts
+    present = sorted(set(counts) - {0})
     if not present:
         raise HtsrError("No layer has an expert, so that there is nothing to train.")
     lines = ["adapter: lora", f"lora_dropout: {lora.lora_dropout:g}"]
@@ -132,7 +179,7 @@ def to_axolotl(allocation: Allocation, lora: Lora) -> str:
         lines.append(f"lora_target_modules: {json.dumps(list(lora.target_modules))}")
     else:
         lines.append("lora_target_linear: true")
-    if len(present) == 1:
+    if len(present) == 1 and not allocation.modules:
         lines += [f"lora_r: {lora.r * present[0]}", f"lora_alpha: {lora.lora_alpha * present[0]}"]
         if 0 in allocation.experts:
             chosen = [i for i, n in enumerate(allocation.experts) if n]
@@ -154,9 +201,17 @@ def to_axolotl(allocation: Allocation, lora: Lora) -> str:
 
 
 def to_csv(allocation: Allocation) -> str:
-    """One row a layer: layer, prefix, score, quota, experts, top_k."""
+    """One row a layer: layer, prefix, score, quota, experts, top_k.
+
+    Where linears have counts of their own, one row a linear: layer, module, role and the same.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    if allocation.modules:
+        writer.writerow(["layer", "module", "role", "score", "quota", "experts", "top_k"])
+        for m in allocation.modules:
+            writer.writerow([m.layer, m.name, m.role, m.score, m.quota, m.experts, m.top_k])
+        return text.getvalue()
     writer.writerow(["layer", "prefix", "score", "quota", "experts", "top_k"])
     for i, (experts, top_k) in enumerate(zip(allocation.experts, allocation.top_k, strict=True)):
         row = allocation.evidence[i] if allocation.evidence else None
@@ -179,13 +234,18 @@ def _selected(modules: Mapping[str, Sequence[str]], prefix: str, lora: Lora) -> 
         )
     if not lora.target_modules:
         return list(names)
-    chosen = [n for n in names if any(n.endswith("." + t) for t in lora.target_modules)]
+    chosen = [name for name in names if _targeted(name, lora)]
     if not chosen:
         raise HtsrError(
             f"No module under {prefix} is one of {', '.join(lora.target_modules)}; it has "
             f"{', '.join(n.removeprefix(prefix + '.') for n in names)}."
         )
     return chosen
+
+
+def _targeted(name: str, lora: Lora) -> bool:
+    ends = tuple("." + target for target in lora.target_modules)
+    return not ends or name.endswith(ends)
 
 
 def _check_patterns(patterns: Mapping[str, int], modules: Sequence[str]) -> None:
@@ -199,7 +259,7 @@ def _check_patterns(patterns: Mapping[str, int], modules: Sequence[str]) -> None
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
     )
     for pattern in patterns:
-        if endings[re.sub(r"\\(.)", r"\1", pattern)] != 1:
+        if endings[_unescaped(pattern)] != 1:
             raise HtsrError(f"The pattern {pattern} does not match exactly one module.")
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from htsr_alloc.errors import HtsrError
 from htsr_alloc.estimators import Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.layers import MatrixRef
-from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Settings
+from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
 
 if TYPE_CHECKING:
     from htsr_alloc.spectrum import Spectrum
@@ -64,6 +67,34 @@ def with_fit(matrix: Matrix, fitted: Fit) -> Matrix:
         peak_gap=fitted.peak_gap,
         status=status,
         reason="; ".join(reasons) or None,
+    )
+
+
+def refitted(
+    metrics: Metrics, spectra: Mapping[str, np.ndarray], estimator: str, bins: int
+) -> Metrics:
+    """The metrics by another estimator, from the spectra that they were fitted to.
+
+    Args:
+        spectra: tensor -> its ascending eigenvalues (``results.open_spectra``).
+
+    Raises:
+        HtsrError: the spectrum of a matrix that has one is not there.
+    """
+    matrices = []
+    for matrix in metrics.matrices:
+        values = spectra.get(matrix.tensor)
+        if values is None and matrix.lambda_max is not None:
+            raise HtsrError(f"The kept spectra lack that of {matrix.tensor}.", "Analyze again.")
+        if values is not None:
+            matrix = with_fit(matrix, fit(values, estimator, bins))
+        matrices.append(matrix)
+    prefixes = [layer.prefix for layer in metrics.layers]
+    return replace(
+        metrics,
+        settings=replace(metrics.settings, estimator=estimator, bins=bins),
+        matrices=tuple(matrices),
+        layers=summarise(matrices, prefixes),
     )
 
 

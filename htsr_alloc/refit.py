@@ -8,8 +8,7 @@ from pathlib import Path
 from htsr_alloc import files
 from htsr_alloc.analysis import RunFiles
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.estimators import fit
-from htsr_alloc.measure import summarise, with_fit
+from htsr_alloc.measure import refitted
 from htsr_alloc.records import Metrics, dumps, loads, this_tool
 from htsr_alloc.results import open_spectra
 
@@ -30,23 +29,7 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
             f"The new metrics share {old.spectra.file} with {path.name}.",
             f"Write them to the same folder, {path.parent}.",
         )
-    settings = replace(old.settings, estimator=estimator, bins=bins)
-    matrices = []
     with open_spectra(old, path) as spectra:
-        for matrix in old.matrices:
-            values = spectra.get(matrix.tensor)
-            if values is None and matrix.lambda_max is not None:
-                raise HtsrError(f"{old.spectra.file} lacks the spectrum of {matrix.tensor}.")
-            if values is not None:
-                matrix = with_fit(matrix, fit(values, estimator, bins))
-            matrices.append(matrix)
-    prefixes = [layer.prefix for layer in old.layers]
-    metrics = replace(
-        old,
-        tool=this_tool(),
-        settings=settings,
-        matrices=tuple(matrices),
-        layers=summarise(matrices, prefixes),
-    )
+        metrics = replace(refitted(old, spectra, estimator, bins), tool=this_tool())
     files.write_text(output.metrics, dumps(metrics))
     return metrics

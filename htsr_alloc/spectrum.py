@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from htsr_alloc.cost import ROW_CHUNK
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.linalg import ROW_CHUNK
 from htsr_alloc.linalg.engines import ENGINES, check_engine
 from htsr_alloc.records import Farms
 

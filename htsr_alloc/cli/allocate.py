@@ -24,10 +24,39 @@ def allocate(
     budget: Annotated[
         Optional[int], typer.Option("--T", help="Experts of all layers together.")
     ] = None,
-    beta: Annotated[float, typer.Option(help="Exponent of eq. 6.")] = 2.5,
-    metric: Annotated[str, typer.Option(help="pl_alpha_hill, alpha_hat or stable_rank.")] = (
-        "pl_alpha_hill"
-    ),
+    params: Annotated[
+        Optional[str],
+        typer.Option(help="Trainable parameters in place of --T: 100M, or the closest below."),
+    ] = None,
+    target_share: Annotated[
+        Optional[str], typer.Option(help="The same as a share of the base model: 1%.")
+    ] = None,
+    r: Annotated[int, typer.Option("--r", help="Rank of one expert, for --params.")] = 8,
+    beta: Annotated[Optional[float], typer.Option(help="Exponent of eq. 6; default 2.5.")] = None,
+    spread: Annotated[
+        Optional[float], typer.Option(help="Solve beta for: largest quota / smallest.")
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="pl_alpha_hill, alpha_hat, stable_rank, or several: "
+            "pl_alpha_hill:0.5,stable_rank:0.5."
+        ),
+    ] = "pl_alpha_hill",
+    scores: Annotated[
+        Optional[Path], typer.Option(help="Scores from a CSV or JSON file, in place of a metric.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="The column of --scores.")] = "score",
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="A count for each linear, not for each layer.")
+    ] = False,
+    pool: Annotated[
+        str, typer.Option(help="--per-module compares linears of one role, or all.")
+    ] = "role",
+    target: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Linears that are adapted, for --params and --per-module; repeatable."),
+    ] = None,
     strategy: Annotated[str, typer.Option(help="alphalora, uniform, mola or explicit.")] = (
         "alphalora"
     ),
@@ -42,6 +71,14 @@ def allocate(
         Optional[str], typer.Option(help="Counts of the explicit strategy: 1,3,5,...")
     ] = None,
     layers: Annotated[Optional[int], typer.Option(help="Layers, without a metrics file.")] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity", help="Also show how the counts change with estimator, beta, matrices."
+        ),
+    ] = False,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of --sensitivity.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     output: OutFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -51,7 +88,10 @@ def allocate(
 
     screen = Screen(as_json, quiet)
     loaded, source, stem = None, None, strategy
+    given = allocation.read_scores(scores, column) if scores is not None else None
     needs_no_metrics = strategy in ("uniform", "mola", "explicit") and (layers or experts)
+    if metrics is None and given is not None and given.key != "module" and not params:
+        needs_no_metrics, stem = True, given.source.file.rpartition(".")[0]
     if metrics is None and not needs_no_metrics:
         metrics = newest_metrics()
         screen.note(f"metrics: {metrics.name}")
@@ -63,27 +103,40 @@ def allocate(
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
-    result = allocation.allocate(
-        loaded,
-        strategy=strategy,
-        budget=budget,
-        beta=beta,
-        metric=metric,
-        repair=repair,
-        bounds=allocation.Bounds(low, high),
-        top_k=top_k,
-        groups=allocation.parse_groups(groups) if groups is not None else (),
-        experts=allocation.parse_counts(experts) if experts is not None else (),
-        layers=layers,
-        source=source,
-        tool=records.this_tool(),
-    )
+    request = {
+        "strategy": strategy,
+        "T": budget,
+        "params": allocation.parse_params(params) if params is not None else None,
+        "target_share": allocation.parse_share(target_share) if target_share is not None else None,
+        "r": r,
+        "beta": beta,
+        "spread": spread,
+        "metric": metric,
+        "scores": given,
+        "per_module": per_module,
+        "pool": pool,
+        "targets": tuple(target or ()),
+        "repair": repair,
+        "bounds": allocation.Bounds(low, high),
+        "top_k": top_k,
+        "groups": allocation.parse_groups(groups) if groups is not None else (),
+        "experts": allocation.parse_counts(experts) if experts is not None else (),
+        "layers": layers,
+    }
+    result = allocation.allocate(loaded, source=source, tool=records.this_tool(), **request)
+    report = None
+    if sensitivity:
+        from htsr_alloc.allocation.sensitivity import measure
+
+        if loaded is None or metrics is None:
+            raise HtsrError("--sensitivity needs a metrics file.")
+        report = measure(loaded, metrics, request, draws=draws, seed=seed)
     if output is not None and str(output) == "-":
         screen.text(records.dumps(result))
         return
     path = output or Path(f"{stem}.allocation.json")
     files.write_text(path, records.dumps(result))
-    views.show_allocation(screen, result)
+    views.show_allocation(screen, result, report)
     screen.note(f"wrote {path}")
 
 

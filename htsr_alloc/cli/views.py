@@ -7,8 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.cli.screen import Screen, bar, duration, size
+from htsr_alloc.records import Module, as_json
+
+COUNTS = ["score", "quota", "experts", "top_k", ""]
 
 if TYPE_CHECKING:
+    from htsr_alloc.allocation.sensitivity import Sensitivity
     from htsr_alloc.cost import Cost
     from htsr_alloc.layers import LayerMap
     from htsr_alloc.lora_moe.build import LayerReport
@@ -86,7 +90,7 @@ def show_inspection(
 def show_metrics(screen: Screen, metrics: Metrics) -> None:
     """One row a layer."""
     if screen.as_json:
-        screen.result(asdict(metrics))
+        screen.result(as_json(metrics))
         return
     rows = [
         [x.layer, x.prefix, x.matrices, x.pl_alpha_hill, x.alpha_hat, x.stable_rank, x.reason or ""]
@@ -98,33 +102,81 @@ def show_metrics(screen: Screen, metrics: Metrics) -> None:
     screen.note(f"estimator: {metrics.settings.estimator}{farms}")
 
 
-def show_allocation(screen: Screen, result: Allocation) -> None:
-    """One row a layer, with a bar."""
+def show_allocation(
+    screen: Screen, result: Allocation, sensitivity: Sensitivity | None = None
+) -> None:
+    """One row a layer with a bar, or one row a linear; then how stable the counts are."""
     if screen.as_json:
-        screen.result(asdict(result))
+        found = as_json(result)
+        both = {"allocation": found, "sensitivity": sensitivity and asdict(sensitivity)}
+        screen.result(both if sensitivity else found)
         return
-    largest = max(result.experts)
-    rows = [
+    rows = result.modules or result.evidence
+    largest = max(row.experts for row in rows)
+    top_k = [row.top_k for row in result.modules] or result.top_k
+    screen.table(
+        ["layer", "module" if result.modules else "prefix", *COUNTS],
         [
-            row.layer,
-            row.prefix or "-",
-            row.score,
-            row.quota,
-            row.experts,
-            k,
-            bar(row.experts, largest),
-        ]
-        for row, k in zip(result.evidence, result.top_k, strict=True)
-    ]
-    columns = ["layer", "prefix", "score", "quota", "experts", "top_k", ""]
-    screen.table(columns, rows, left=["prefix", ""])
+            [
+                row.layer,
+                (row.name if isinstance(row, Module) else row.prefix) or "-",
+                row.score,
+                row.quota,
+                row.experts,
+                k,
+                bar(row.experts, largest),
+            ]
+            for row, k in zip(rows, top_k, strict=True)
+        ],
+        left=["prefix", "module", ""],
+    )
+    if sensitivity is not None:
+        show_sensitivity(screen, sensitivity)
     strategy = result.strategy
     if strategy is not None:
-        given = {k: v for k, v in asdict(strategy).items() if v is not None and k != "name"}
-        said = ", ".join(f"{key} {value}" for key, value in given.items())
+        fields = as_json(strategy).items()
+        given = {k: v for k, v in fields if v is not None and k not in ("name", "farms", "scores")}
+        said = ", ".join(f"{key} {_said(value)}" for key, value in given.items())
+        said += f", scores {strategy.scores.file}" if strategy.scores else ""
+        said += ", FARMS windows" if strategy.farms else ""
         screen.note(
             f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers; {said}"
         )
+    if result.parameters is not None:
+        money = result.parameters
+        screen.note(
+            f"{money.spent:,} of {money.asked:,} parameters at r = {money.r}, routers included"
+        )
+
+
+def _said(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_sensitivity(screen: Screen, found: Sensitivity) -> None:
+    """One row a layer: its range under each cause, and the share of draws with the same count."""
+    causes = list(found.causes)
+    rows = []
+    for layer in found.layers:
+        cells: list[object] = [layer.layer, layer.prefix or "-", layer.experts]
+        for cause in causes:
+            seen = layer.ranges[cause]
+            cells += [f"{seen.low}-{seen.high}", f"{seen.same:.0%}"]
+        rows.append([*cells, "stable" if layer.stable else ""])
+    columns = [name for cause in causes for name in (cause, "same")]
+    screen.table(["layer", "prefix", "experts", *columns, ""], rows, left=["prefix", ""])
+    for cause, draws in found.causes.items():
+        said = f"{draws} draws, seed {found.seed}" if isinstance(draws, int) else draws
+        if isinstance(said, list):
+            said = ", ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in said)
+        screen.note(f"{cause}: {said}")
+    stable = sum(layer.stable for layer in found.layers)
+    screen.note(
+        f"{stable} of {len(found.layers)} layers are stable: within one expert in 90 % of the "
+        "draws of every cause"
+    )
 
 
 def show_build(screen: Screen, model: Any, layers: Sequence[LayerReport]) -> None:
@@ -139,7 +191,15 @@ def show_build(screen: Screen, model: Any, layers: Sequence[LayerReport]) -> Non
     screen.table(
         columns,
         [
-            [x.layer, x.prefix, x.experts, x.top_k, x.modules, f"{x.trainable:,}", f"{x.share:.2%}"]
+            [
+                x.layer,
+                x.prefix,
+                x.experts if x.fewest == x.experts else f"{x.fewest}-{x.experts}",
+                x.top_k,
+                x.modules,
+                f"{x.trainable:,}",
+                f"{x.share:.2%}",
+            ]
             for x in layers
         ],
         left=["prefix"],

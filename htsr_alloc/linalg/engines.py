@@ -16,9 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from htsr_alloc.cost import ROW_CHUNK
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.linalg import lapack
+from htsr_alloc.linalg import ROW_CHUNK, lapack
 from htsr_alloc.linalg.band import FLOOR, IN_RANGE, band
 
 # (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
@@ -29,21 +28,27 @@ EPS32 = float(np.finfo(np.float32).eps)
 TWO_STAGE = 2048  # from this n on two stages are faster; below, the matrix stays in the cache
 TALL = 1.5  # m / n from which lambda_min is large enough for float32 to be worth a try
 
-# What the float32 route may do to an eigenvalue l: eps32 (NOISE lambda_max + SELF l). Measured on
-# 186 real and 60 synthetic rectangular matrices: 72 % of half of it at worst.
+# What the float32 route may do to an eigenvalue l: eps32 (NOISE lambda_max + SELF l). The worst
+# of 186 real and 60 synthetic matrices uses 23 % of it (benchmarks/engines.py --guard).
 NOISE, SELF = 4.0, 32.0
 RATIO = 3e-4  # least lambda_min / lambda_max for float32
 
 
 def portable(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
     """float64 in torch, on the device that the matrix is on."""
+    where = "" if tall.device.type == "cpu" else f" on {tall.device}"
+    values = torch.linalg.eigvalsh(portable_gram(tall)).cpu().numpy()
+    return values, f"float64 Gram, eigvalsh{where}"
+
+
+def portable_gram(tall: torch.Tensor) -> torch.Tensor:
+    """W^T W in float64 on W's device, over blocks of rows. (m, n) -> (n, n)."""
     n = tall.shape[1]
     total = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
     for rows in tall.split(ROW_CHUNK):
         wide = rows.double()
         total.addmm_(wide.T, wide)
-    where = "" if tall.device.type == "cpu" else f" on {tall.device}"
-    return torch.linalg.eigvalsh(total).cpu().numpy(), f"float64 Gram, eigvalsh{where}"
+    return total
 
 
 def exact(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,18 @@ from htsr_alloc import export
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import read_bytes
 from htsr_alloc.lora_moe.config import DENSE, LoraMoeConfig
-from htsr_alloc.lora_moe.tuner import FEED_FORWARD, layers_of
-from htsr_alloc.records import Allocation, Evidence, loads
+from htsr_alloc.lora_moe.resolve import renamed, resolve_layers, resolve_modules
+from htsr_alloc.lora_moe.tuner import layers_of
+from htsr_alloc.records import Allocation, loads
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One transformer layer of a built model.
 
-    ``top_k`` is None where the system has none; ``share`` is trainable parameters over the
-    base's parameters in this layer.
+    ``experts`` and ``top_k`` are the most that one of its linears has, ``fewest`` the least
+    experts; ``top_k`` is None where the system has none. ``share`` is trainable parameters over
+    the base's parameters in this layer.
     """
 
     layer: int
@@ -34,6 +35,7 @@ class LayerReport:
     modules: int
     trainable: int
     share: float
+    fewest: int
 
 
 def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) -> PeftModel:
@@ -61,19 +63,26 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
             "Use get_peft_model(model, LoraMoeConfig(system='em_lora')).",
         )
     prefixes = resolve_layers(model, allocation)
+    allocation = renamed(allocation, prefixes)
     modules = resolve_modules(
         model, prefixes, allocation, config.pop("target_modules", None), system
     )
-    counts = dict(zip(prefixes, allocation.experts, strict=True))
+    targets = [name for names in modules.values() for name in names]
+    if allocation.modules:
+        listed = {module.name: (module.experts, module.top_k) for module in allocation.modules}
+        counts = {name: listed[name] for name in targets}
+    else:
+        pairs = zip(allocation.experts, allocation.top_k, strict=True)
+        counts = dict(zip(prefixes, pairs, strict=True))
     if system not in DENSE and system != "adamole" and "top_k" not in config:
-        config["top_k"] = max(allocation.top_k)
+        config["top_k"] = max(k for _, k in counts.values())
         config.setdefault("top_k_pattern", {})
-        for prefix, n, k in zip(prefixes, allocation.experts, allocation.top_k, strict=True):
+        for name, (n, k) in counts.items():
             if n and k != min(config["top_k"], n):
-                config["top_k_pattern"].setdefault(prefix, k)
+                config["top_k_pattern"].setdefault(name, k)
     made = LoraMoeConfig(
-        target_modules=[name for names in modules.values() for name in names],
-        expert_pattern={prefix: n for prefix, n in counts.items() if n},
+        target_modules=targets,
+        expert_pattern={name: n for name, (n, _) in counts.items() if n},
         **config,
     )
     peft_model = get_peft_model(model, made)  # type: ignore[arg-type]
@@ -87,111 +96,6 @@ def load(allocation: Allocation | str | Path) -> Allocation:
         return allocation
     path = Path(allocation)
     return loads(Allocation, read_bytes(path), path.name)
-
-
-def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
-    """The full name of each allocated layer's block, in the allocation's order.
-
-    The evidence's prefixes are looked for as names or ends of names. Without them the one stack
-    of blocks with as many layers is taken.
-
-    Raises:
-        HtsrError: not exactly one block for a layer, or blocks left over.
-    """
-    stacks = {
-        name: [f"{name}.{i}" for i in range(len(module))]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _is_stack(module)
-    }
-    wanted = [row.prefix for row in allocation.evidence if row.prefix is not None]
-    count = len(allocation.experts)
-    sizes = " and ".join(f"{len(blocks)} ({name})" for name, blocks in stacks.items()) or "none"
-    mismatch = HtsrError(
-        f"The allocation is for {count} layers, and the model's layers are {sizes}.",
-        "Give the model that the allocation was made for.",
-    )
-    if len(wanted) < count:
-        fitting = [blocks for blocks in stacks.values() if len(blocks) == count]
-        if len(fitting) != 1:
-            raise mismatch
-        return fitting[0]
-    names = [name for name, _ in model.named_modules()]
-    found = []
-    for prefix in wanted:
-        same = [name for name in names if name == prefix or name.endswith("." + prefix)]
-        if len(same) > 1:
-            raise HtsrError(f"{prefix} is in the model {len(same)} times: {', '.join(same)}.")
-        found += same
-    used = {name.rpartition(".")[0] for name in found}
-    total = sum(len(blocks) for name, blocks in stacks.items() if name in used)
-    if len(found) == 0:
-        raise HtsrError(
-            f"The model has no module {wanted[0]}; its layers are {sizes}.", mismatch.hint
-        )
-    if len(found) < count or total != count:
-        raise mismatch
-    return found
-
-
-def _is_stack(blocks: nn.ModuleList) -> bool:
-    """Whether a list of modules is one of transformer layers: blocks that hold linears."""
-    if len(blocks) == 0 or len({type(block) for block in blocks}) > 2:
-        return False
-    return all(any(_is_linear(m) for m in block.modules()) for block in blocks) and not any(
-        _is_linear(block) for block in blocks
-    )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def resolve_modules(
-    model: nn.Module,
-    prefixes: Sequence[str],
-    allocation: Allocation,
-    targets: Sequence[str] | None,
-    system: str = "alphalora",
-) -> dict[str, list[str]]:
-    """Block -> full names of the linears to adapt; blocks without experts are left out.
-
-    Raises:
-        HtsrError: a target that is nowhere, or twice in one block.
-    """
-    if isinstance(targets, str):
-        raise HtsrError(
-            "build takes target_modules as a list of names.", "Or leave it out for every linear."
-        )
-    linears = [name for name, module in model.named_modules() if _is_linear(module)]
-    chosen: dict[str, list[str]] = {}
-    unused = set(targets or ())
-    for prefix, experts in zip(prefixes, allocation.experts, strict=True):
-        inside = [name for name in linears if name.startswith(prefix + ".")]
-        if targets is None and system == "mor":
-            inside = [n for n in inside if n.rpartition(".")[2] in FEED_FORWARD]
-        if targets is not None:
-            matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
-            for target, names in matched.items():
-                if len(names) > 1:
-                    raise HtsrError(
-                        f"{target} is in {prefix} {len(names)} times: {', '.join(names)}.",
-                        "Give a longer end of the name for each.",
-                    )
-                unused -= {target} if names else set()
-            inside = [n for n in inside if any(n in names for names in matched.values())]
-        if experts:
-            chosen[prefix] = inside
-    if unused:
-        raise HtsrError(
-            f"The model's layers have no linear {sorted(unused)[0]}.",
-            f"Its first layer has {', '.join(n for n in linears if n.startswith(prefixes[0]))}.",
-        )
-    for prefix, names in chosen.items():
-        if not names:
-            raise HtsrError(f"{prefix} has no linear to adapt.", "Change target_modules.")
-    if not chosen:
-        raise HtsrError("No layer has an expert, so that there is nothing to train.")
-    return chosen
 
 
 def describe(
@@ -209,17 +113,19 @@ def describe(
             for n, p in base.get_submodule(prefix).named_parameters()
             if "lora_moe_" not in n
         )
-        how = own[0].mixture[adapter] if own else None
-        has_k = how is not None and how.system not in (*DENSE, "adamole")
+        made = [layer.mixture[adapter] for layer in own]
+        counts = [how.experts for how in made] or [0]
+        has_k = made and made[0].system not in (*DENSE, "adamole")
         rows.append(
             LayerReport(
                 number,
                 prefix,
-                experts=how.experts if how else 0,
-                top_k=how.top_k if how and has_k else None,
+                experts=max(counts),
+                top_k=max(how.top_k for how in made) if has_k else None,
                 modules=len(own),
                 trainable=trainable,
                 share=trainable / frozen,
+                fewest=min(counts),
             )
         )
     return rows
@@ -241,16 +147,11 @@ def control(
     """
     allocation = load(allocation)
     prefixes = resolve_layers(model, allocation)
-    modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, allocation, target_modules)
-    rows = allocation.evidence or [
-        Evidence(i, None, None, None, n) for i, n in enumerate(allocation.experts)
-    ]
-    named = tuple(
-        dataclasses.replace(row, prefix=prefix) for row, prefix in zip(rows, prefixes, strict=True)
-    )
+    named = renamed(allocation, prefixes)
+    modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
     lora = export.Lora(r, lora_alpha, lora_dropout)
     everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}
-    return export.to_peft_rank(dataclasses.replace(allocation, evidence=named), lora, everywhere)
+    return export.to_peft_rank(named, lora, everywhere)
 
 
 def empty_model(folder: Path) -> nn.Module:

@@ -9,13 +9,9 @@ else of PEFT is touched. Known to work with peft 0.20 to 0.21; the extra ``train
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
-
-if TYPE_CHECKING:
-    from htsr_alloc.lora_moe.config import LoraMoeConfig
-    from htsr_alloc.lora_moe.tuner import LoraMoeModel
 
 NAME = "lora_moe"
 
@@ -38,7 +34,7 @@ def _member(name: str) -> PeftType:
 LORA_MOE = _member(NAME.upper())
 
 
-def register(config: type[LoraMoeConfig], model: type[LoraMoeModel]) -> None:
+def register(config: type[PeftConfig], model: type[BaseTuner]) -> None:
     """Make PEFT know the config and the tuner; a second call changes nothing."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

@@ -1,0 +1,122 @@
+"""Scores that something else computed (GuiLoMo, LayerIF, ...), from a CSV or JSON file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr_alloc import decoding, files
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import File
+
+KEYS = ("module", "layer", "prefix")  # what a row can be about, the finest first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One column of a score file. Higher scores get more experts.
+
+    ``key`` says what ``values`` are by: ``layer`` (its number), ``prefix`` (its block's name) or
+    ``module`` (a linear's name).
+    """
+
+    column: str
+    key: str
+    values: dict[str, float]
+    source: File
+
+    def ordered(self, names: Sequence[str]) -> list[float]:
+        """The scores of these layers, blocks or linears, each of which must have one.
+
+        Raises:
+            HtsrError: one is missing, or the file has others.
+        """
+        for name in names:
+            if name not in self.values:
+                raise HtsrError(f"{self.source.file} has no score of {self.key} {name}.")
+        extra = sorted(set(self.values) - set(names))
+        if extra:
+            raise HtsrError(
+                f"{self.source.file} scores {self.key} {extra[0]}, which the model does not have."
+            )
+        return [self.values[name] for name in names]
+
+
+def read_scores(path: Path, column: str = "score") -> Scores:
+    """Read one score a layer or linear.
+
+    A CSV file has a header. One of its columns is ``module``, ``layer`` or ``prefix`` (the first
+    of these that is there counts), ``column`` holds the scores, and others do not matter. A JSON
+    file is a list of objects with the same keys, or a plain list of numbers, one a layer in order.
+
+    Args:
+        path: ends in ``.csv`` or ``.json``.
+        column: which column to take.
+
+    Raises:
+        HtsrError: neither format, no such column, a row twice, or a score that is no finite
+            number.
+    """
+    text = files.read_bytes(path)
+    try:
+        rows = _rows(path, text.decode("utf-8-sig"), column)
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise HtsrError(f"{path.name} cannot be read as scores: {error}.") from None
+    if not rows:
+        raise HtsrError(f"{path.name} holds no scores.")
+    key = next((key for key in KEYS if key in rows[0]), None)
+    if key is None:
+        raise HtsrError(
+            f"{path.name} does not say whose scores it holds.",
+            f"Give it a column {', '.join(KEYS[:-1])} or {KEYS[-1]}.",
+        )
+    values: dict[str, float] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{path.name}, row {number}"
+        for wanted in (key, column):
+            if wanted not in row:
+                have = ", ".join(map(str, row))
+                raise HtsrError(f"{where} has no {wanted!r}; it has {have}.", "Give --column.")
+        name = str(row[key]).strip()
+        if name in values:
+            raise HtsrError(f"{where}: {key} {name} stands twice.")
+        values[name] = _number(row[column], where)
+    return Scores(column, key, values, File(path.name, files.sha256(path)))
+
+
+def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = reader.fieldnames or []
+        if len(set(header)) != len(header):
+            raise ValueError("a column stands twice")
+        rows = list(reader)
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} has not {len(header)} columns")
+        return rows
+    if path.suffix != ".json":
+        raise ValueError("it is neither .csv nor .json")
+    data = decoding.parse(text)
+    if not isinstance(data, list):
+        raise ValueError("it is no list")
+    if data and all(not isinstance(row, dict) for row in data):
+        return [{"layer": i, column: value} for i, value in enumerate(data)]
+    if not all(isinstance(row, dict) for row in data):
+        raise ValueError("it mixes numbers and objects")
+    return data
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise HtsrError(f"{where}: {value!r} is no finite number.")
+    return number

@@ -1,0 +1,147 @@
+"""How far an allocation hangs on its estimator, on beta and on single matrices. Needs numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from htsr_alloc.allocation.decide import allocate
+from htsr_alloc.allocation.scores import parse_metric
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.estimators import ESTIMATORS
+from htsr_alloc.measure import refitted
+from htsr_alloc.records import METRICS, Allocation, Metrics
+from htsr_alloc.results import open_spectra
+
+BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
+NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many
+ENOUGH = 0.9  # of the draws
+TAILS = (0.05, 0.95)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A layer's counts under one cause of change.
+
+    ``low`` to ``high`` is where the middle 90 % of the draws are, ``same`` the share of draws with
+    the allocation's own count, ``near`` that with at most ``NEAR`` more or less.
+    """
+
+    low: int
+    high: int
+    same: float
+    near: float
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer. ``stable``: under every cause ``near`` is at least ``ENOUGH``."""
+
+    layer: int
+    prefix: str | None
+    experts: int
+    ranges: dict[str, Range]
+    stable: bool
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was varied (``causes``: name -> the draws' labels, or their number) and each layer."""
+
+    causes: dict[str, Any]
+    seed: int
+    layers: tuple[LayerSensitivity, ...]
+
+
+def measure(
+    metrics: Metrics, path: Path, request: Mapping[str, Any], *, draws: int = 200, seed: int = 0
+) -> Sensitivity:
+    """Allocate again and again, one thing changed each time.
+
+    * estimator: every estimator of PL_Alpha_Hill, refitted from the spectra beside ``path``;
+      left out for a metric that needs none.
+    * beta: half a unit less and more.
+    * matrices: ``draws`` bootstrap draws, each layer's mean taken over as many of its matrices,
+      drawn with replacement; a layer of few matrices shows how few they are.
+
+    Args:
+        path: the metrics file.
+        request: keyword arguments of ``allocate``.
+        draws: at least 1.
+        seed: of the bootstrap.
+
+    Raises:
+        HtsrError: a request that has no scores by layers, or spectra that are not there.
+    """
+    if request.get("strategy", "alphalora") != "alphalora" or request.get("scores") is not None:
+        raise HtsrError("--sensitivity is about scores that the metrics hold.")
+    if request.get("per_module"):
+        raise HtsrError(
+            "--sensitivity draws the matrices of a layer, and --per-module has one each.",
+            "Leave one of them out.",
+        )
+    if draws < 1:
+        raise HtsrError(f"--draws must be at least 1, not {draws}.")
+    own = allocate(metrics, **request)
+    assert own.strategy is not None
+    assert own.strategy.beta is not None
+    weights = parse_metric(request.get("metric", "pl_alpha_hill"))
+    causes: dict[str, Any] = {}
+    counts: dict[str, list[Sequence[int]]] = {}
+
+    def add(cause: str, labels: Any, made: Iterator[Allocation]) -> None:
+        causes[cause], counts[cause] = labels, [result.experts for result in made]
+
+    if set(weights) != {"stable_rank"}:
+        others = [name for name in ESTIMATORS if name != metrics.settings.estimator]
+        with open_spectra(metrics, path) as spectra:
+            bins = metrics.settings.bins
+            refits = [refitted(metrics, spectra, name, bins) for name in others]
+        add("estimator", others, (allocate(refit, **request) for refit in refits))
+    betas = [own.strategy.beta + step for step in BETA_STEPS]
+    varied = {**request, "spread": None}
+    add("beta", betas, (allocate(metrics, **{**varied, "beta": beta}) for beta in betas))
+    draw = _bootstrap(metrics, list(weights), np.random.default_rng(seed))
+    add("matrices", draws, (allocate(draw(), **request) for _ in range(draws)))
+    ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}
+    layers = []
+    for row in own.evidence:
+        by_cause = {cause: found[row.layer] for cause, found in ranges.items()}
+        stable = all(found.near >= ENOUGH for found in by_cause.values())
+        layers.append(LayerSensitivity(row.layer, row.prefix, row.experts, by_cause, stable))
+    return Sensitivity(causes, seed, tuple(layers))
+
+
+def _ranges(experts: Sequence[int], counts: Sequence[Sequence[int]]) -> list[Range]:
+    moved = np.array(counts) - np.array(experts)  # (draws, layers)
+    same, near = (moved == 0).mean(axis=0), (abs(moved) <= NEAR).mean(axis=0)
+    lows, highs = np.quantile(counts, TAILS, axis=0, method="inverted_cdf")
+    return [
+        Range(int(low), int(high), float(s), float(n))
+        for low, high, s, n in zip(lows, highs, same, near, strict=True)
+    ]
+
+
+def _bootstrap(
+    metrics: Metrics, names: Sequence[str], generator: np.random.Generator
+) -> Callable[[], Metrics]:
+    """Draws of the metrics whose layer means are over resampled matrices."""
+    values: list[np.ndarray] = []
+    for layer in metrics.layers:
+        own = [[getattr(m, n) for n in METRICS] for m in metrics.matrices if m.layer == layer.layer]
+        known = [row for row in own if all(row[METRICS.index(name)] is not None for name in names)]
+        values.append(np.array(known, dtype=float))  # (matrices, metrics)
+
+    def draw() -> Metrics:
+        layers = []
+        for layer, own in zip(metrics.layers, values, strict=True):
+            chosen = own[generator.integers(len(own), size=len(own))].mean(axis=0)
+            means = {name: float(chosen[METRICS.index(name)]) for name in names}
+            layers.append(replace(layer, **means))
+        return replace(metrics, layers=tuple(layers))
+
+    return draw

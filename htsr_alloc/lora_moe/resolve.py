@@ -1,0 +1,155 @@
+"""An allocation's layers and linears, found in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.tuner import FEED_FORWARD
+from htsr_alloc.records import Allocation, Evidence
+
+
+def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
+    """The allocation with the model's own names of blocks and linears.
+
+    Args:
+        prefixes: each layer's block in the model (``resolve_layers``).
+
+    Raises:
+        HtsrError: a listed linear that is not under its layer's block.
+    """
+    rows = allocation.evidence or tuple(
+        Evidence(i, None, None, None, n, "the counts were given")
+        for i, n in enumerate(allocation.experts)
+    )
+    modules = []
+    for module in allocation.modules:
+        block = rows[module.layer].prefix
+        if block is None or not module.name.startswith(block + "."):
+            raise HtsrError(f"The allocation lists {module.name} in layer {module.layer}: {block}.")
+        name = prefixes[module.layer] + module.name.removeprefix(block)
+        modules.append(replace(module, name=name))
+    evidence = (replace(row, prefix=name) for row, name in zip(rows, prefixes, strict=True))
+    return replace(allocation, evidence=tuple(evidence), modules=tuple(modules))
+
+
+def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
+    """The full name of each allocated layer's block, in the allocation's order.
+
+    The evidence's prefixes are looked for as names or ends of names. Without them the one stack
+    of blocks with as many layers is taken.
+
+    Raises:
+        HtsrError: not exactly one block for a layer, or blocks left over.
+    """
+    stacks = {
+        name: [f"{name}.{i}" for i in range(len(module))]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _is_stack(module)
+    }
+    wanted = [row.prefix for row in allocation.evidence if row.prefix is not None]
+    count = len(allocation.experts)
+    sizes = " and ".join(f"{len(blocks)} ({name})" for name, blocks in stacks.items()) or "none"
+    mismatch = HtsrError(
+        f"The allocation is for {count} layers, and the model's layers are {sizes}.",
+        "Give the model that the allocation was made for.",
+    )
+    if len(wanted) < count:
+        fitting = [blocks for blocks in stacks.values() if len(blocks) == count]
+        if len(fitting) != 1:
+            raise mismatch
+        return fitting[0]
+    names = [name for name, _ in model.named_modules()]
+    found = []
+    for prefix in wanted:
+        same = [name for name in names if name == prefix or name.endswith("." + prefix)]
+        if len(same) > 1:
+            raise HtsrError(f"{prefix} is in the model {len(same)} times: {', '.join(same)}.")
+        found += same
+    used = {name.rpartition(".")[0] for name in found}
+    total = sum(len(blocks) for name, blocks in stacks.items() if name in used)
+    if len(found) == 0:
+        raise HtsrError(
+            f"The model has no module {wanted[0]}; its layers are {sizes}.", mismatch.hint
+        )
+    if len(found) < count or total != count:
+        raise mismatch
+    return found
+
+
+def _is_stack(blocks: nn.ModuleList) -> bool:
+    """Whether a list of modules is one of transformer layers: blocks that hold linears."""
+    if len(blocks) == 0 or len({type(block) for block in blocks}) > 2:
+        return False
+    return all(any(_is_linear(m) for m in block.modules()) for block in blocks) and not any(
+        _is_linear(block) for block in blocks
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def resolve_modules(
+    model: nn.Module,
+    prefixes: Sequence[str],
+    allocation: Allocation,
+    targets: Sequence[str] | None,
+    system: str = "alphalora",
+) -> dict[str, list[str]]:
+    """Block -> full names of the linears to adapt; those without experts are left out.
+
+    Where the allocation lists linears (by the model's own names), no other is adapted.
+
+    Raises:
+        HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
+            does not have.
+    """
+    if isinstance(targets, str):
+        raise HtsrError(
+            "build takes target_modules as a list of names.", "Or leave it out for every linear."
+        )
+    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    listed = {module.name: module.experts for module in allocation.modules}
+    for name in listed:
+        if name not in linears:
+            raise HtsrError(
+                f"The allocation lists {name}, which is no linear of the model.",
+                "Give the model that the allocation was made for.",
+            )
+    chosen: dict[str, list[str]] = {}
+    unused = set(targets or ())
+    for prefix, experts in zip(prefixes, allocation.experts, strict=True):
+        inside = [name for name in linears if name.startswith(prefix + ".")]
+        if listed:
+            inside = [name for name in inside if name in listed]
+        elif targets is None and system == "mor":
+            inside = [n for n in inside if n.rpartition(".")[2] in FEED_FORWARD]
+        if targets is not None:
+            matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
+            for target, names in matched.items():
+                if len(names) > 1:
+                    raise HtsrError(
+                        f"{target} is in {prefix} {len(names)} times: {', '.join(names)}.",
+                        "Give a longer end of the name for each.",
+                    )
+                unused -= {target} if names else set()
+            inside = [n for n in inside if any(n in names for names in matched.values())]
+        if listed:
+            inside = [name for name in inside if listed[name]]
+        if len(inside) if listed else experts:
+            chosen[prefix] = inside
+    if unused:
+        raise HtsrError(
+            f"The model's layers have no linear {sorted(unused)[0]}.",
+            f"Its first layer has {', '.join(n for n in linears if n.startswith(prefixes[0]))}.",
+        )
+    for prefix, names in chosen.items():
+        if not names:
+            raise HtsrError(f"{prefix} has no linear to adapt.", "Change target_modules.")
+    if not chosen:
+        raise HtsrError("No layer has an expert, so that there is nothing to train.")
+    return chosen

@@ -1,0 +1,52 @@
+"""The two JSON files, metrics (facts) and allocation (decisions), as frozen dataclasses.
+
+Standard library only, so that a trainer can read an allocation without torch or numpy.
+The same rules stand as JSON Schema in ``schemas/``.
+
+A version stays as long as a reader of that version cannot misread a file. Within it, keys may be
+added that are left out at their default; a reader that does not know such a key refuses the file.
+"""
+
+from htsr_alloc.records.decisions import Allocation, Evidence, Module, Parameters, Strategy
+from htsr_alloc.records.facts import (
+    FAILED,
+    MARKED,
+    METRICS,
+    OK,
+    Farms,
+    File,
+    Layer,
+    Matrix,
+    Metrics,
+    Model,
+    Settings,
+    Skipped,
+    Tool,
+    this_tool,
+)
+from htsr_alloc.records.texts import as_json, dumps, loads
+
+__all__ = [
+    "FAILED",
+    "MARKED",
+    "METRICS",
+    "OK",
+    "Allocation",
+    "Evidence",
+    "Farms",
+    "File",
+    "Layer",
+    "Matrix",
+    "Metrics",
+    "Model",
+    "Module",
+    "Parameters",
+    "Settings",
+    "Skipped",
+    "Strategy",
+    "Tool",
+    "as_json",
+    "dumps",
+    "loads",
+    "this_tool",
+]

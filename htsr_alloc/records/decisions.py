@@ -1,0 +1,156 @@
+"""allocation.json: the decisions, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+
+from htsr_alloc.records.facts import ADDED, Farms, File, Model, Tool, check_bare_name
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How an allocation was chosen; a field that the strategy does not use is null.
+
+    ``spread`` is the ratio of quotas that beta was solved for. ``farms`` are the windows that the
+    score was measured on. ``scores`` is the file that the score came from, ``metric`` then its
+    column. ``pool`` says among which linears a budget was shared, of those in ``targets`` (roles;
+    null is all): ``role``, each role by itself, or ``all``.
+    """
+
+    name: str
+    metric: str | None = None
+    estimator: str | None = None
+    beta: float | None = None
+    repair: str | None = None
+    min: int | None = None
+    max: int | None = None
+    groups: tuple[int, ...] | None = None
+    spread: float | None = field(default=None, metadata=ADDED)
+    farms: Farms | None = field(default=None, metadata=ADDED)
+    scores: File | None = field(default=None, metadata=ADDED)
+    pool: str | None = field(default=None, metadata=ADDED)
+    targets: tuple[str, ...] | None = field(default=None, metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One layer: its score v, its quota q = v^beta / sum(v^beta) * T, its experts.
+
+    Under a parameter budget the quota is within the bounds already. In an allocation by modules
+    score, quota and experts are the means of the layer's. ``reason`` says why score or quota is
+    null (a strategy that uses none).
+    """
+
+    layer: int
+    prefix: str | None
+    score: float | None
+    quota: float | None
+    experts: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Module:
+    """One linear with a count of its own. ``name`` is the checkpoint's, without ``.weight``."""
+
+    layer: int
+    name: str
+    role: str
+    score: float
+    quota: float
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A budget in trainable parameters: what was asked for, what the counts spend of it.
+
+    ``r`` is the rank of one expert. ``share`` is the part of the base's ``Model.parameters``
+    that ``asked`` was computed from, or null.
+    """
+
+    asked: int
+    spent: int
+    r: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """allocation.json. A trainer needs only ``experts`` and ``top_k``, one entry a layer.
+
+    Where ``modules`` is not empty it says more: each linear's own count, and that no other linear
+    is adapted. ``experts`` are then the layers' means, rounded.
+    """
+
+    format: str
+    version: int
+    budget: int
+    experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    unit: str = "experts_per_layer"
+    tool: Tool | None = None
+    model: Model | None = None
+    metrics: File | None = None
+    strategy: Strategy | None = None
+    evidence: tuple[Evidence, ...] = ()
+    modules: tuple[Module, ...] = field(default=(), metadata=ADDED)
+    parameters: Parameters | None = field(default=None, metadata=ADDED)
+
+    FORMAT: typing.ClassVar[str] = "htsr.allocation"
+    VERSION: typing.ClassVar[int] = 1
+
+    def check(self) -> None:
+        """Raise ValueError on what types alone cannot say."""
+        if not self.experts:
+            raise ValueError("experts: must list at least one layer")
+        if sum(self.experts) != self.budget:
+            raise ValueError(f"experts: sum to {sum(self.experts)}, not to budget {self.budget}")
+        if min(self.experts) < 0:
+            raise ValueError("experts: a negative count")
+        if len(self.top_k) != len(self.experts):
+            raise ValueError(f"top_k: {len(self.top_k)} entries for {len(self.experts)} layers")
+        for i, (k, n) in enumerate(zip(self.top_k, self.experts, strict=True)):
+            _check_top_k(k, n, f"top_k[{i}]")
+        if self.unit != "experts_per_layer":
+            raise ValueError(f"unit: unknown unit {self.unit!r}")
+        if self.evidence:
+            if tuple(row.experts for row in self.evidence) != self.experts:
+                raise ValueError("evidence: its experts differ from experts")
+            for i, row in enumerate(self.evidence):
+                if row.layer != i:
+                    raise ValueError(f"evidence[{i}].layer: must be {i}")
+                if row.reason is None and (row.score is None or row.quota is None):
+                    raise ValueError(f"evidence[{i}].reason: a null number needs a reason")
+        if self.metrics is not None:
+            check_bare_name(self.metrics.file, "metrics.file")
+        if self.strategy is not None and self.strategy.scores is not None:
+            check_bare_name(self.strategy.scores.file, "strategy.scores.file")
+        if self.modules:
+            self._check_modules()
+
+    def _check_modules(self) -> None:
+        counts: list[list[int]] = [[] for _ in self.experts]
+        for i, module in enumerate(self.modules):
+            if not 0 <= module.layer < len(counts):
+                raise ValueError(f"modules[{i}].layer: {module.layer} is not among the layers")
+            if module.experts < 0:
+                raise ValueError(f"modules[{i}].experts: a negative count")
+            _check_top_k(module.top_k, module.experts, f"modules[{i}].top_k")
+            counts[module.layer].append(module.experts)
+        if len({module.name for module in self.modules}) != len(self.modules):
+            raise ValueError("modules: a linear is listed twice")
+        for layer, (own, experts) in enumerate(zip(counts, self.experts, strict=True)):
+            mean = sum(own) / len(own) if own else 0
+            if abs(mean - experts) >= 2:
+                raise ValueError(
+                    f"modules: layer {layer} has {mean:.3g} experts a linear, and experts says "
+                    f"{experts}"
+                )
+
+
+def _check_top_k(top_k: int, experts: int, where: str) -> None:
+    if not min(experts, 1) <= top_k <= experts:
+        raise ValueError(f"{where}: {top_k} does not fit {experts} experts")

@@ -1,0 +1,186 @@
+"""metrics.json: the facts of an analysis, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import math
+import typing
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from htsr_alloc import __version__
+from htsr_alloc.errors import HtsrError
+
+METRICS = ("pl_alpha_hill", "alpha_hat", "stable_rank")
+
+# What a matrix's status can be: a number that stands, one to read with care, none at all.
+OK, MARKED, FAILED = "ok", "marked", "failed"
+
+# Metadata of a field that was added within a version: it is written only where it is not at its
+# default, so that a file that does without it reads as before.
+ADDED = {"added": True}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Who wrote the file; ``created`` is UTC, ISO 8601."""
+
+    name: str
+    version: str
+    created: str
+
+
+def this_tool() -> Tool:
+    """This program, now."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Tool("htsr_alloc", __version__, now)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was analysed.
+
+    ``revision`` is the hub's commit, or null for local files; ``weights_sha256`` is the hash
+    over the stored bytes of every analysed tensor, in the order of ``matrices``. ``parameters``
+    counts the numbers in all of the checkpoint's float tensors, embeddings included.
+    """
+
+    name: str
+    revision: str | None = None
+    weights_sha256: str | None = None
+    architecture: str | None = None
+    num_layers: int | None = None
+    parameters: int | None = field(default=None, metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class Farms:
+    """FARMS sub-sampling (arXiv 2506.06280): ``windows`` x ``windows`` evenly spaced
+    sub-matrices of ``rows`` x ``rows * ratio``."""
+
+    rows: int = 100
+    ratio: float = 2.0
+    windows: int = 10
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.windows < 1 or not 0 < self.ratio < math.inf:
+            raise HtsrError("FARMS needs rows >= 1, windows >= 1 and a positive ratio.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the numbers were made."""
+
+    estimator: str
+    bins: int = 100
+    engine: str = "auto"
+    device: str = "cpu"
+    farms: Farms | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class File:
+    """A neighbouring file: a bare name (never a path) and the SHA-256 of its bytes."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix. Numbers are null only where ``reason`` says why.
+
+    ``tensor`` names it: the checkpoint's tensor, with ``[i]`` for slice i of a 3-d one.
+    ``n_eigs`` eigenvalues were kept and ``n_zero`` found to be zero (together min(shape));
+    ``k`` is the number of eigenvalues in the fitted tail; ``peak_gap`` is the count of the
+    fullest histogram bin less that of the second (0: a tie, the first bin won).
+    """
+
+    tensor: str
+    layer: int
+    role: str
+    expert: int | None
+    shape: tuple[int, int]
+    dtype: str
+    n_eigs: int
+    n_zero: int
+    lambda_min: float | None
+    lambda_max: float | None
+    pl_alpha_hill: float | None
+    alpha_hat: float | None
+    stable_rank: float | None
+    xmin: float | None
+    k: int | None
+    ks_distance: float | None
+    peak_gap: int | None
+    engine: str
+    status: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Plain means over the layer's fitted matrices (``matrices`` in all, ``unfitted`` not)."""
+
+    layer: int
+    prefix: str
+    matrices: int
+    unfitted: int
+    pl_alpha_hill: float | None
+    alpha_hat: float | None
+    stable_rank: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that was left out, and why."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json. ``spectra`` is null when they were not kept."""
+
+    format: str
+    version: int
+    tool: Tool
+    model: Model
+    settings: Settings
+    spectra: File | None
+    matrices: tuple[Matrix, ...]
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+
+    FORMAT: typing.ClassVar[str] = "htsr.metrics"
+    VERSION: typing.ClassVar[int] = 1
+
+    def check(self) -> None:
+        """Raise ValueError on what types alone cannot say."""
+        if [layer.layer for layer in self.layers] != list(range(len(self.layers))):
+            raise ValueError("layers: must be numbered 0, 1, 2, ... in order")
+        if len({matrix.tensor for matrix in self.matrices}) != len(self.matrices):
+            raise ValueError("matrices: a tensor is listed twice")
+        for i, matrix in enumerate(self.matrices):
+            if not 0 <= matrix.layer < len(self.layers):
+                raise ValueError(f"matrices[{i}].layer: {matrix.layer} is not among the layers")
+            if matrix.status not in (OK, MARKED, FAILED):
+                raise ValueError(f"matrices[{i}].status: unknown status {matrix.status!r}")
+            if matrix.status != OK and not matrix.reason:
+                raise ValueError(f"matrices[{i}].reason: status {matrix.status} needs a reason")
+            if matrix.status != FAILED and matrix.pl_alpha_hill is None:
+                raise ValueError(f"matrices[{i}].pl_alpha_hill: null without status failed")
+        for layer in self.layers:
+            if layer.reason is None and any(getattr(layer, m) is None for m in METRICS):
+                raise ValueError(f"layers[{layer.layer}].reason: a null number needs a reason")
+        if self.spectra is not None:
+            check_bare_name(self.spectra.file, "spectra.file")
+
+
+def check_bare_name(name: str, where: str) -> None:
+    """Raise ValueError on a path: files name each other by their bare names."""
+    if name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+        raise ValueError(f"{where}: must be a bare file name, not {name!r}")
