@@ -46,13 +46,13 @@ class _Sums:
         self.gate: Any = 0
         self.entropy: Any = 0
 
-    def add(self, weights: Tensor, probs: Tensor, mask: Tensor | None) -> None:
-        """weights, probs: (T, N). mask: (T,)."""
+    def add(self, weights: Tensor, chosen: Tensor, probs: Tensor, mask: Tensor | None) -> None:
+        """weights, chosen, probs: (T, N). mask: (T,)."""
         weights, probs = weights.double(), probs.double()
         kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens = self.tokens + kept.sum()
-        self.chosen = self.chosen + ((weights > 0) * kept[:, None]).sum(0)
+        self.chosen = self.chosen + (chosen * kept[:, None]).sum(0)
         self.gate = self.gate + (weights * kept[:, None]).sum(0)
         self.entropy = self.entropy + (entropy * kept).sum()
 
@@ -89,9 +89,8 @@ def routing_report(
         if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
             routing = layer.route(x, adapter)
             mask = state.current.mask(x.shape[:-1], layer.name)
-            sums.setdefault(layer.name, _Sums()).add(
-                routing.weights.flatten(0, -2), routing.probs.flatten(0, -2), mask
-            )
+            flat = [t.flatten(0, -2) for t in (routing.weights, routing.chosen, routing.probs)]
+            sums.setdefault(layer.name, _Sums()).add(*flat, mask)
 
     with evaluating(model), torch.no_grad():
         hooks = [layer.register_forward_pre_hook(look) for layer in layers_of(model)]
@@ -101,7 +100,7 @@ def routing_report(
                 for (block, name), weights in state.current.decisions.items():
                     if name == adapter:
                         probs = state.current.probs[(block, name)]
-                        sums.setdefault(block, _Sums()).add(weights, probs, None)
+                        sums.setdefault(block, _Sums()).add(weights, weights > 0, probs, None)
         finally:
             for hook in hooks:
                 hook.remove()
