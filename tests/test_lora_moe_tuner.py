@@ -404,11 +404,14 @@ def test_a_newer_adapter_is_refused(tmp_path):
         PeftModel.from_pretrained(tiny.llama(), tmp_path)
 
 
-def test_goat_on_a_quantised_base_is_refused():
+@pytest.mark.parametrize(
+    "stored",
+    [torch.zeros(60, 1, dtype=torch.uint8), torch.ones(10, 12).to(torch.float8_e4m3fn)],
+    ids=["4-bit", "fp8"],
+)
+def test_goat_on_a_quantised_base_is_refused(stored):
     model = Two(torch.float32)
-    model.one.weight = torch.nn.Parameter(
-        torch.zeros(60, 1, dtype=torch.uint8), requires_grad=False
-    )  # 4-bit storage
+    model.one.weight = torch.nn.Parameter(stored, requires_grad=False)
     for settings in ({"system": "goat"}, {"system": "goat_plus"}):
         with pytest.raises(HtsrError, match="one is quantised, and GOAT needs"):
             get_peft_model(model, LoraMoeConfig(target_modules=["one"], r=2, **settings))

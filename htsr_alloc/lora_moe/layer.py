@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, experts, gates, parameters
 from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
-from htsr_alloc.lora_moe.linears import base_weight, features
+from htsr_alloc.lora_moe.linears import base_weight, features, is_plain
 from htsr_alloc.lora_moe.passes import RouterState
 
 
@@ -95,8 +95,18 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
 
     def update_layer(self, adapter: str, config: LoraMoeConfig) -> None:
-        """Add an adapter: its parameters in float32 (float64 on such a base), started."""
+        """Add an adapter: its parameters in float32 (float64 on such a base), started.
+
+        Raises:
+            HtsrError: EM-DoRA, or the start of GOAT, on a quantised base.
+        """
         n, weight = config.experts_of(self.name), base_weight(self.base_layer)
+        if config.em_dora and not is_plain(weight):
+            raise HtsrError(
+                f"{self.name} is quantised, and EM-DoRA needs the norms of its rows in every pass, "
+                "which its integers do not show.",
+                "Leave em_dora out, or use the unquantised model.",
+            )
         dtype, own = parameters.dtype_of(weight), {}
         found = parameters.shapes(config, n, self.in_features, self.out_features)
         for name, shape in found.items():

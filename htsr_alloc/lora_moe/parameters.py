@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import init
 from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
+from htsr_alloc.lora_moe.linears import is_plain
 
 FROZEN = ("res_A", "res_B", "scale")
 
@@ -18,7 +19,7 @@ def shapes(config: LoraMoeConfig, n: int, d_in: int, d_out: int) -> dict[str, tu
     EM-LoRA's routers belong to a layer's linears together, and are ``em.attach``'s.
     """
     system, r = config.system, config.r
-    found = {
+    found: dict[str, tuple[int, ...]] = {
         "A": (r if system in DENSE else n * r, d_in),
         "B": (d_out, r if system == "mor" else n * r),
     }
@@ -58,7 +59,7 @@ def start(own: dict[str, Tensor], config: LoraMoeConfig, name: str, weight: Tens
         name: the linear's, for errors. weight: (d_out, d_in), its own.
 
     Raises:
-        HtsrError: GOAT or EM-DoRA on a quantised weight; GOAT's segments do not fit.
+        HtsrError: GOAT on a quantised weight, or its segments do not fit.
     """
     a, system = own["A"], config.system
     init.init_a(a, len(a) // config.r, config.init_lora_weights)
@@ -71,12 +72,16 @@ def start(own: dict[str, Tensor], config: LoraMoeConfig, name: str, weight: Tens
             nn.init.normal_(own["router"], std=init.ROUTER_STD)
         for ones in ("lambda_A", "lambda_B"):
             nn.init.normal_(own[ones], mean=1.0, std=init.ROUTER_STD)
-    shape = (len(own["B"]), a.shape[1])
     if config.em_dora:
-        _refuse_quantised(name, weight, shape, "EM-DoRA needs the norms of its rows")
         own["magnitude"].copy_(weight.to(a.dtype).norm(dim=1))
     if system in GOAT:
-        _refuse_quantised(name, weight, shape, "GOAT needs its singular values")
+        if not is_plain(weight):
+            raise HtsrError(
+                f"{name} is quantised, and GOAT needs its singular values, which its integers do "
+                "not show.",
+                "Make and save the adapter on the unquantised model, then load it on the "
+                "quantised one; or use system='alphalora'.",
+            )
         _start_goat(own, config, name, weight)
 
 
@@ -101,12 +106,3 @@ def _start_goat(own: dict[str, Tensor], config: LoraMoeConfig, name: str, weight
     own["res_B"].copy_(made.b * (made.scales / n).repeat_interleave(config.r))
     if plus:
         own["scale"].copy_(made.scales)
-
-
-def _refuse_quantised(name: str, weight: Tensor, shape: tuple[int, int], why: str) -> None:
-    if not weight.is_floating_point() or weight.shape != shape:
-        raise HtsrError(
-            f"{name} is quantised, and {why}, which its integers do not show.",
-            "Make and save the adapter on the unquantised model, then load it on the "
-            "quantised one; or use system='alphalora'.",
-        )

@@ -89,8 +89,12 @@ def routing_report(
         if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
             routing = layer.route(x, adapter)
             mask = state.current.mask(x.shape[:-1], layer.name)
-            flat = [t.flatten(0, -2) for t in (routing.weights, routing.chosen, routing.probs)]
-            sums.setdefault(layer.name, _Sums()).add(*flat, mask)
+            sums.setdefault(layer.name, _Sums()).add(
+                routing.weights.flatten(0, -2),
+                routing.chosen.flatten(0, -2),
+                routing.probs.flatten(0, -2),
+                mask,
+            )
 
     with evaluating(model), torch.no_grad():
         hooks = [layer.register_forward_pre_hook(look) for layer in layers_of(model)]
