@@ -123,7 +123,8 @@ class LoraMoeModel(BaseTuner):
         state: RouterState | None = model.__dict__.pop(STATE, None)
         for handle in state.handles if state is not None else ():
             handle.remove()
-        model.__dict__.pop("generate", None)
+        for name in em.GENERATORS:
+            model.__dict__.pop(name, None)
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
