@@ -126,21 +126,16 @@ def half_precision(scaler=None, coefficient=8.0):
 
 @pytest.mark.parametrize("scale", [4.0, 64.0])
 def test_under_a_grad_scaler(scale):
-    """float16: the main gradient and the balance loss's are those of the run without a scaler."""
-    main, both = half_precision(coefficient=0.0), half_precision()
-    main_scaled = half_precision(torch.amp.GradScaler("cpu", init_scale=scale), coefficient=0.0)
-    both_scaled = half_precision(torch.amp.GradScaler("cpu", init_scale=scale))
-    close(main_scaled, main, 5e-3)  # unscaled, the smallest are lost
-    close(both_scaled, both, 5e-3)
-    weighed = 0
-    for name in both:
-        aux, aux_scaled = both[name] - main[name], both_scaled[name] - main_scaled[name]
-        if "router" in name:
-            weighed += int(aux.abs().max() > 0.05 * main[name].abs().max())
-            assert (aux_scaled - aux).abs().max() <= 5e-3 * max(1, both[name].abs().max()), name
-    assert weighed > 7, "the balance loss must matter on most routers"
-    summed, *_ = reference(coefficient=8.0, half=True)
-    close(both_scaled, summed, 5e-3)
+    """float16: the main gradient and the balance loss's are those of a plain sum of losses."""
+    main = half_precision(torch.amp.GradScaler("cpu", init_scale=scale), coefficient=0.0)
+    both = half_precision(torch.amp.GradScaler("cpu", init_scale=scale))
+    summed, *_ = reference(coefficient=8.0, half=True, scale=scale)
+    close(both, {name: grad / scale for name, grad in summed.items()}, 4e-3)
+    # The run without a scaler, which loses the smallest gradients.
+    close(main, half_precision(coefficient=0.0), 2e-2)
+    close(both, half_precision(), 2e-2)
+    shares = [(both[n] - main[n]).norm() / main[n].norm() for n in both if "router" in n]
+    assert sum(share > 0.05 for share in shares) > 7, "the balance loss must matter"
 
 
 def test_a_step_that_overflows_is_skipped():
