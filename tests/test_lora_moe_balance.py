@@ -130,7 +130,7 @@ def test_under_a_grad_scaler(scale):
     main = half_precision(torch.amp.GradScaler("cpu", init_scale=scale), coefficient=0.0)
     both = half_precision(torch.amp.GradScaler("cpu", init_scale=scale))
     summed, *_ = reference(coefficient=8.0, half=True, scale=scale)
-    close(both, {name: grad / scale for name, grad in summed.items()}, 4e-3)
+    close(both, {name: grad / scale for name, grad in summed.items()}, 2e-2)
     # The run without a scaler, which loses the smallest gradients.
     close(main, half_precision(coefficient=0.0), 2e-2)
     close(both, half_precision(), 2e-2)
