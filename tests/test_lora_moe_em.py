@@ -68,7 +68,10 @@ def test_rational_starts_at_gelu():
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("how", POOLERS)
 def test_a_layer_is_its_formula(how, dora):
-    """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j."""
+    """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j.
+
+    The values, and the gradients of a random projection of them.
+    """
     model = em(em_pooler=how, em_dora=dora, model=tiny.llama(dtype=torch.float64))
     block, seen = model.get_base_model().model.layers[0], {}
 
@@ -96,6 +99,7 @@ def test_a_layer_is_its_formula(how, dora):
             squeezed.append(top / (1 + abs(rest)))
         p = naive.softmax(torch.stack(squeezed) @ host["lora_moe_router"].T)
         picks.append((int(p.argmax()), p.max()))
+    ours, theirs = [], []
     for index, layer in enumerate(layers):
         x, out = seen[layer.name]
         a, b = layer.lora_moe_A["default"], layer.lora_moe_B["default"]
@@ -106,11 +110,32 @@ def test_a_layer_is_its_formula(how, dora):
                 adapted = (
                     layer.lora_moe_magnitude["default"][:, None]
                     * adapted
-                    / adapted.norm(dim=1)[:, None]
+                    / adapted.norm(dim=1).detach()[:, None]
                 )
             gate = p if pick == index else 0
-            want = x[row] @ weight.T + gate * (x[row] @ (adapted - weight).T)
-            assert (out[row] - want).abs().max() < 1e-10
+            ours.append(out[row])
+            theirs.append(x[row] @ weight.T + gate * (x[row] @ (adapted - weight).T))
+    trained = [p for p in block.parameters() if p.requires_grad]
+    for got, want in zip(ours, theirs, strict=True):
+        assert (got - want).abs().max() <= 1e-12 * max(1, want.abs().max())
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in ours]
+    grads = [
+        torch.autograd.grad(
+            sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)),
+            trained,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for outputs in (ours, theirs)
+    ]
+    routed = [i for i, p in enumerate(trained) if p is host["lora_moe_router"]]
+    assert grads[0][routed[0]].abs().max() > 0
+    for got, want in zip(*grads, strict=True):
+        if want is None:
+            want = torch.zeros(())
+        got = torch.zeros(()) if got is None else got
+        assert (got - want).abs().max() <= 1e-12 * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)

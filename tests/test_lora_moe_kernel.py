@@ -142,6 +142,28 @@ def test_gradcheck(system):
     assert torch.autograd.gradcheck(layer, (x, a, b, router, la, lb, tau))
 
 
+@pytest.mark.parametrize("how", ["last", "mean", "max", "attention"])
+def test_gradcheck_of_a_prompt_chosen_expert(how):
+    from htsr_alloc.lora_moe import prompt
+
+    hidden, a, b, router, vector, magnitude = tensors(
+        torch.float64, (2, 4, D_IN), (R, D_IN), (D_OUT, R), (N, D_IN), (D_IN,), (D_OUT,)
+    )
+    (weight,) = tensors(torch.float64, (D_OUT, D_IN), seed=4)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    norm = experts.row_norm(weight, a, b, 1.0)
+
+    def layer(hidden, a, b, router, vector, magnitude):
+        pooled = prompt.pool(hidden, mask, how, vector)
+        start = [torch.tensor(c, dtype=torch.float64) for c in prompt.gelu_start()]
+        gate = prompt.decide(pooled, router, *start, "prob").weights[:, 1].view(-1, 1, 1)
+        plain = experts.add_product(hidden @ weight.T, hidden @ a.T * gate, b, 2.0)
+        dora = experts.dora_delta(hidden @ weight.T, hidden @ a.T @ b.T, magnitude, norm)
+        return plain, gate * dora
+
+    assert torch.autograd.gradcheck(layer, (hidden, a, b, router, vector, magnitude))
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_balance_loss_leaves_padding_out(dtype, k):
     (logits,) = tensors(dtype, (T, N))
