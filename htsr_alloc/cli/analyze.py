@@ -10,18 +10,20 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.inspect import show
-from htsr_alloc.cli.opening import opened, warn_unfitted
+from htsr_alloc.cli.opening import layer_map_of, opened, say_transfer, warn_unfitted
 from htsr_alloc.cli.options import (
     ESTIMATOR_HELP,
     AsJson,
     CacheDir,
     Exclude,
     Include,
+    KeepShards,
     Offline,
     OutFile,
     Quiet,
     Revision,
     Source,
+    Stream,
     Token,
 )
 from htsr_alloc.cli.screen import Screen, parse_size
@@ -46,6 +48,8 @@ def analyze(
     token: Token = None,
     cache_dir: CacheDir = None,
     offline: Offline = False,
+    stream: Stream = False,
+    keep_shards: KeepShards = True,
     workers: Annotated[
         Optional[int], typer.Option(help="Threads, a matrix each; default one a core.")
     ] = None,
@@ -65,10 +69,11 @@ def analyze(
     """Fit every weight matrix's spectrum and write MODEL.metrics.json, one value a layer."""
     # Of torchrun's processes the first speaks.
     screen = Screen(as_json, quiet or os.environ.get("RANK", "0") != "0")
-    checkpoint = opened(source, revision, token, cache_dir, offline)
+    checkpoint = opened(source, revision, token, cache_dir, offline, stream, keep_shards)
     if dry_run:
         show(screen, checkpoint, include, exclude)
         return
+    say_transfer(screen, checkpoint, layer_map_of(checkpoint, include, exclude))
     from htsr_alloc import analysis, records
     from htsr_alloc.running import decompose
     from htsr_alloc.spectrum import choose_device

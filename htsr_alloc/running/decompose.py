@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +49,7 @@ def decompose_all(
     check_engine(settings.engine, devices[0])
     threads = THREADS_PER_GPU * len(devices) if devices[0].type == "cuda" else None
     workers = limits.workers or threads or schedule.available_cores()
-    by_shard = checkpoint.revision is not None
+    by_shard = checkpoint.store.by_shard
     tasks = sorted(matrices, key=lambda m: (m.ref.shard if by_shard else 0, -flops(m), m.name))
     if limits.max_memory is not None:
         budget = limits.max_memory - fixed_bytes(matrices)
@@ -65,8 +67,8 @@ def decompose_all(
             torch.cuda.set_stream(torch.cuda.Stream(here.device))
 
     def work(matrix: MatrixRef) -> Entry:
-        digest = checkpoint.digest(matrix.ref, matrix.index)  # reading the file in, as well
-        weight = checkpoint.read(matrix.ref, matrix.index)
+        digest = hashlib.sha256()
+        weight = checkpoint.read(matrix.ref, matrix.index, digest)
         if here.device.type == "cuda":
             weight = weight.pin_memory()
         found = spectrum(
@@ -76,16 +78,22 @@ def decompose_all(
             farms=settings.farms,
             bins=settings.bins,
         )
-        return Entry(found, digest)
+        return Entry(found, digest.hexdigest())
 
-    return schedule.run(
+    users = Counter(shard for matrix in tasks for shard in checkpoint.shards_of(matrix.ref))
+    for matrix, entry in schedule.run(
         tasks,
         work,
         workers=min(workers, max(1, len(tasks))),
         cost=lambda matrix: matrix_bytes(matrix, settings.engine),
         budget=budget,
         start_thread=start_thread,
-    )
+    ):
+        yield matrix, entry  # and journaled, when we go on
+        for shard in checkpoint.shards_of(matrix.ref):
+            users[shard] -= 1
+            if users[shard] == 0:
+                checkpoint.store.release(shard)
 
 
 def _devices(name: str) -> list[torch.device]:
