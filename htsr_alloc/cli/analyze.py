@@ -74,7 +74,7 @@ def analyze(
         show(screen, checkpoint, include, exclude)
         return
     say_transfer(screen, checkpoint, layer_map_of(checkpoint, include, exclude))
-    from htsr_alloc import analysis, records
+    from htsr_alloc import analysis, files, records
     from htsr_alloc.running import decompose
     from htsr_alloc.spectrum import choose_device
 
@@ -93,8 +93,9 @@ def analyze(
         exclude=tuple(exclude or ()),
     )
     to_stdout = output is not None and str(output) == "-"
+    to_device = output is not None and is_device(output)
     run_files = None
-    if not to_stdout:
+    if not to_stdout and not to_device:
         name = checkpoint.name.rpartition("/")[2]
         run_files = analysis.RunFiles(output or Path(f"{name}.metrics.json"))
     metrics = analysis.analyze(
@@ -104,7 +105,14 @@ def analyze(
         return
     if to_stdout:
         screen.text(records.dumps(metrics))
+    elif to_device and output is not None:  # no place for a journal or spectra beside it
+        files.write_text(output, records.dumps(metrics))
     else:
         views.show_metrics(screen, metrics)
         screen.note(f"wrote {run_files.metrics} and {run_files.spectra.name}" if run_files else "")
     warn_unfitted(screen, metrics, strict)
+
+
+def is_device(path: Path) -> bool:
+    """A pipe or device, such as /dev/null; a missing path, file or folder is none."""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -15,7 +15,7 @@ from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
 from htsr_alloc.cli.export import export
-from htsr_alloc.cli.failures import ends_well
+from htsr_alloc.cli.failures import ends_well, exit_at_once, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
 
@@ -33,7 +33,12 @@ for command in (inspect, analyze, fit, allocate, export, build):  # the order of
 
 def main() -> None:
     """Entry point."""
-    app()
+    stop_on_signals()
+    try:
+        app()
+    except SystemExit as end:
+        exit_at_once(end.code)
+        raise
 
 
 def _version(asked: bool) -> None:

@@ -55,6 +55,7 @@ def decompose_all(
         budget = limits.max_memory - fixed_bytes(matrices)
     else:
         budget = workers_bytes(matrices, workers, settings.engine)
+        _check_fits(matrices, settings.engine)
     here = threading.local()
     free = devices * workers  # each thread takes the next: devices in turn
     lock = threading.Lock()
@@ -67,6 +68,17 @@ def decompose_all(
             torch.cuda.set_stream(torch.cuda.Stream(here.device))
 
     def work(matrix: MatrixRef) -> Entry:
+        try:
+            return decompose(matrix)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise HtsrError(
+                f"There was not enough memory for {matrix.name} ({_size(matrix)}).",
+                "Run the same command again with fewer --workers; what is finished is kept.",
+            ) from error
+
+    def decompose(matrix: MatrixRef) -> Entry:
         digest = hashlib.sha256()
         weight = checkpoint.read(matrix.ref, matrix.index, digest)
         if here.device.type == "cuda":
@@ -94,6 +106,23 @@ def decompose_all(
             users[shard] -= 1
             if users[shard] == 0:
                 checkpoint.store.release(shard)
+
+
+def _check_fits(matrices: Sequence[MatrixRef], engine: str) -> None:
+    """Refuse a matrix that this machine's memory cannot hold, which Linux would let us begin."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for matrix in matrices:
+        needed = matrix_bytes(matrix, engine)
+        if needed > machine:
+            raise HtsrError(
+                f"{matrix.name} ({_size(matrix)}) takes {needed / 1e9:.0f} GB of memory, and "
+                f"this machine has {machine / 1e9:.0f} GB.",
+                "Leave it out with --exclude.",
+            )
+
+
+def _size(matrix: MatrixRef) -> str:
+    return f"{matrix.shape[0]} x {matrix.shape[1]}"
 
 
 def _devices(name: str) -> list[torch.device]:
