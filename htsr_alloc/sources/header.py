@@ -82,8 +82,10 @@ def _parse(text: bytes, start: int, size: int) -> dict[str, Entry]:
     found = json.loads(text.decode("utf-8"), object_pairs_hook=_compact)
     if not isinstance(found, dict):
         raise ValueError("its header describes no tensors")
-    metadata = found.pop("__metadata__", {})
-    if isinstance(metadata, Entry) or not isinstance(metadata, dict):
+    metadata = found.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict):
         raise ValueError("its __metadata__ is no object")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds more than text")
