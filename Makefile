@@ -1,5 +1,6 @@
 # make demo   the main job on a real checkpoint         make test   the tests
 # make lint   ruff and pyright                          make clean  removes .venv and build
+# make faults 50 kills, other faults, bad inputs: a table of what was tried and lost (minutes)
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
 # and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
@@ -15,7 +16,7 @@ COMMA := ,
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -35,6 +36,9 @@ test: .venv/test
 	@$(BIN)/python data/checkpoints.py minilm >/dev/null
 	@$(BIN)/python data/checkpoints.py smollm2 >/dev/null
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: .venv/test
+	$(BIN)/python tests/faults_table.py $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .

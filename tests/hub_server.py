@@ -30,6 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 TOKEN = "hf_canaryCANARYcanary0123456789"
+SIGNATURE = "signedSIGNEDsigned"  # of the store's addresses: whoever has it may read
 COMMITS = {"tiny": "0123456789abcdef0123456789abcdef01234567", "next": "e" * 40, "old": "f" * 40}
 REFS = {"main": COMMITS["tiny"], "v0": COMMITS["old"]}
 
@@ -212,7 +213,11 @@ class Handler(BaseHTTPRequestHandler):
         # Large files are redirected to a store, as LFS files are; to the client, another host.
         store = state.url.replace("127.0.0.1", "localhost")
         headers |= {"X-Linked-Etag": etag, "X-Linked-Size": file.stat().st_size}
-        return 302, {**headers, "Location": f"{store}/cdn/{commit}/{name}"}, b""
+        return (
+            302,
+            {**headers, "Location": f"{store}/cdn/{commit}/{name}?signature={SIGNATURE}"},
+            b"",
+        )
 
 
 def main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,6 +21,8 @@ def opened(
 ) -> Checkpoint:
     from htsr_alloc.checkpoint import open_checkpoint
 
+    # Its warnings show the signed addresses of files.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if stream and not keep_shards:
         raise HtsrError("--stream has no shards to drop.", "Leave one of the two away.")
     return open_checkpoint(

@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from htsr_alloc.sources.sentences import without_queries
+
 HIDDEN = "[token]"
 
 
@@ -29,7 +31,7 @@ def hide_from_others(token: str | None) -> None:
 
 
 def redacted(text: str, token: str | None) -> str:
-    """``text`` without any token that this process knows."""
+    """``text`` without any token that this process knows, and without signed addresses."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     known = {token, *(os.environ.get(name) for name in names)}
     with suppress(Exception):  # a file of tokens that cannot be read holds none that we used
@@ -39,4 +41,4 @@ def redacted(text: str, token: str | None) -> str:
     for secret in known:
         if secret:
             text = text.replace(secret, HIDDEN)
-    return text
+    return without_queries(text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from htsr_alloc.errors import HtsrError
@@ -15,6 +14,7 @@ from htsr_alloc.sources.local import local_header, open_folder, read_small
 from htsr_alloc.sources.notes import Notes
 from htsr_alloc.sources.ranges import Ranges, RemoteFile, patiently
 from htsr_alloc.sources.reading import Checkpoint, Store
+from htsr_alloc.sources.sentences import sentences
 from htsr_alloc.sources.shards import CachedShards, DroppedShards, OfflineShards, StreamedShards
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
@@ -203,47 +203,3 @@ class HubRanges(Ranges):
     def read(self, file: RemoteFile, begin: int, into: memoryview) -> None:
         with sentences(self.repo_id, self.revision):
             super().read(file, begin, into)
-
-
-@contextmanager
-def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn huggingface_hub's and the network's errors into one sentence each."""
-    from huggingface_hub import errors
-
-    # Whatever client the installed version uses (httpx, httpx2): the base of its own errors.
-    network = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    at = f" at revision {revision}" if revision else ""
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise HtsrError(
-            f"{repo_id} is gated and this account has no access to it.",
-            "Ask for access on its page, then run `hf auth login` or pass --token.",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HtsrError(
-            f"There is no repository {repo_id}, or it is private.",
-            "Check the id; for a private one run `hf auth login` or pass --token.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HtsrError(f"{repo_id} has no revision {revision}.") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise HtsrError(
-            f"{repo_id}{at} is not in the local cache and the hub was not reached.",
-            "Check the network, or drop --offline and HF_HUB_OFFLINE.",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise HtsrError(f"A file of {repo_id}{at} is not there: {_short(error)}.") from error
-    except (network, errors.SafetensorsParsingError) as error:
-        raise HtsrError(
-            f"The hub's answer for {repo_id}{at} cannot be used: {_short(error)}.",
-            "Run the same command again: it goes on where it stopped.",
-        ) from error
-    except errors.HFValidationError as error:
-        raise HtsrError(f"{repo_id} is not a valid hub id: {_short(error)}.") from error
-    except OSError as error:
-        raise HtsrError(f"Downloading {repo_id}{at} failed: {_short(error)}.") from error
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

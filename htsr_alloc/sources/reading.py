@@ -122,7 +122,7 @@ class Checkpoint:
             shape = shape[1:]
             begin += index * math.prod(shape) * size
         raw = torch.empty(math.prod(shape) * size, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         if len(view):
             self.store.read(self.listing.shards[ref.shard], begin, view)
         if digest is not None:
