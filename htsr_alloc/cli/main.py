@@ -16,7 +16,7 @@ from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
 from htsr_alloc.cli.compare import compare
 from htsr_alloc.cli.export import export
-from htsr_alloc.cli.failures import ends_well
+from htsr_alloc.cli.failures import ends_well, exit_at_once, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.plot import plot
@@ -37,7 +37,12 @@ for command in COMMANDS:  # the order of --help
 
 def main() -> None:
     """Entry point."""
-    app()
+    stop_on_signals()
+    try:
+        app()
+    except SystemExit as end:
+        exit_at_once(end.code)
+        raise
 
 
 def _version(asked: bool) -> None:
