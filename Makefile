@@ -1,5 +1,6 @@
 # make demo   the main job on a real checkpoint         make test   the tests
 # make lint   ruff and pyright                          make docs   the site, in build/site
+# make faults 50 kills, other faults, bad inputs: a table of what was tried and lost (minutes)
 # make clean  removes .venv and build
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
@@ -16,7 +17,7 @@ COMMA := ,
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test faults lint docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -36,6 +37,9 @@ test: .venv/test
 	@$(BIN)/python data/checkpoints.py minilm >/dev/null
 	@$(BIN)/python data/checkpoints.py smollm2 >/dev/null
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: .venv/test
+	$(BIN)/python tests/faults_table.py $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -5,10 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from htsr_alloc.layers import MatrixRef
 from htsr_alloc.linalg import ROW_CHUNK
 from htsr_alloc.sources.listing import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from htsr_alloc.sources.listing import Transfer
+    from htsr_alloc.sources.reading import Checkpoint
 
 BASE_BYTES = 320 << 20  # Python, torch and their buffers, resident
 WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
@@ -65,6 +70,14 @@ def fixed_bytes(matrices: Sequence[MatrixRef]) -> int:
 def spectra_bytes(matrices: Sequence[MatrixRef]) -> int:
     """Eigenvalues, which stay to the end: as kept, as journaled and as written."""
     return sum(3 * 8 * min(matrix.shape) for matrix in matrices)
+
+
+def transfer(checkpoint: Checkpoint, matrices: Sequence[MatrixRef]) -> Transfer:
+    """What reading the matrices moves over the network and onto the disk."""
+    wanted = {shard for m in matrices for shard in checkpoint.shards_of(m.ref)}
+    in_order = [shard for shard in checkpoint.listing.shards if shard in wanted]
+    tensors = sum({m.ref.name: m.ref.nbytes for m in matrices}.values())
+    return checkpoint.store.transfer(in_order, tensors)
 
 
 def predict(matrices: Sequence[MatrixRef], workers: int) -> Cost:

@@ -44,16 +44,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit: int = 1 << 30) -> bytes:
     """The file's bytes.
 
     Raises:
-        HtsrError: it does not exist or cannot be read.
+        HtsrError: it does not exist, cannot be read, or has more than ``limit`` bytes.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise cannot("read", path, error) from error
+    if len(data) > limit:
+        raise HtsrError(f"{path} is larger than the {limit >> 20} MiB that are read of it.")
+    return data
 
 
 def sha256(path: Path) -> str:

@@ -64,6 +64,12 @@ def read_all(checkpoint):
     return {ref.name: as_bytes(checkpoint.read(ref)) for ref in checkpoint.tensors}
 
 
+def digest(checkpoint, ref, index=None):
+    found = hashlib.sha256()
+    checkpoint.read(ref, index, found)
+    return found.hexdigest()
+
+
 def stored(*files):
     return {name: as_bytes(t) for file in files for name, t in load_file(file).items()}
 
@@ -120,7 +126,7 @@ def test_slices_of_a_3d_tensor(tmp_path):
     for i in range(3):
         assert as_bytes(checkpoint.read(ref, i)) == as_bytes(value[i])
         assert checkpoint.read(ref, i).shape == (5, 7)
-        assert checkpoint.digest(ref, i) == hashlib.sha256(as_bytes(value[i])).hexdigest()
+        assert digest(checkpoint, ref, i) == hashlib.sha256(as_bytes(value[i])).hexdigest()
 
 
 def test_the_digest_is_the_hash_of_the_stored_bytes_and_of_the_scale(tmp_path):
@@ -133,8 +139,8 @@ def test_the_digest_is_the_hash_of_the_stored_bytes_and_of_the_scale(tmp_path):
     refs = by_name(checkpoint)
     plain = hashlib.sha256(as_bytes(randn(4, 6).half())).hexdigest()
     both = hashlib.sha256(as_bytes(weight) + as_bytes(scale)).hexdigest()
-    assert checkpoint.digest(refs["b.weight"]) == plain
-    assert checkpoint.digest(refs["a.weight"]) == both
+    assert digest(checkpoint, refs["b.weight"]) == plain
+    assert digest(checkpoint, refs["a.weight"]) == both
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -551,8 +557,6 @@ def test_a_file_that_changes_between_listing_and_reading(tmp_path, change):
         os.utime(path, ns=(1, 1))
     with pytest.raises(HtsrError, match=r"model\.safetensors"):
         checkpoint.read(checkpoint.tensors[0])
-    with pytest.raises(HtsrError, match=r"model\.safetensors"):
-        checkpoint.digest(checkpoint.tensors[0])
 
 
 @pytest.mark.checkpoints
@@ -564,6 +568,6 @@ def test_real_checkpoints_read_as_safetensors_reads_them(checkpoint, name):
     floats = [ref for ref in opened.tensors if ref.dtype == "F32"]
     sample = floats[:: len(floats) // 7]
     for ref in sample:
-        file = opened.fetch(opened.listing.shards[ref.shard])
-        with safe_open(file, framework="pt") as shard:
+        file = opened.listing.shards[ref.shard].name
+        with safe_open(checkpoint(name) / file, framework="pt") as shard:
             assert torch.equal(shard.get_tensor(ref.name), opened.read(ref))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from htsr_alloc import __version__
 from htsr_alloc.records import Allocation, Metrics, loads
 
-COMMANDS = ["inspect", "analyze", "fit", "allocate", "export"]
+COMMANDS = ["inspect", "analyze", "fit", "allocate", "plot", "report", "compare", "export"]
 HEAVY = ["torch", "matplotlib", "transformers", "scipy", "numpy", "huggingface_hub", "safetensors"]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
@@ -237,6 +237,7 @@ finally:
     [
         ["--help"],
         ["analyze", "--help"],
+        ["plot", "--help"],
         ["allocate", "--T", "8"],
         ["allocate", "--T", "8", "--json"],
         ["export", "made.json", "--to", "mola"],

@@ -24,21 +24,23 @@ def batch(rows=3, seed=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def by_hand(model, inputs, coefficient, parts, top_k=2):
-    """The model's loss and Σ coefficient · L, each router's own formula in loops."""
+def by_hand(model, inputs, coefficient, parts, top_k=2, half=False):
+    """The model's loss (in float16 if asked) and Σ coefficient · L, the formula in loops."""
     seen = []
     hooks = [
         layer.register_forward_pre_hook(lambda m, args: seen.append((m, args[0])))
         for layer in layers_of(model)
         if layer.lora_moe_router
     ]
-    loss = model(**inputs).loss
+    with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+        loss = model(**inputs).loss
     for hook in hooks:
         hook.remove()
     kept = inputs["attention_mask"].flatten()
     total = torch.zeros(())
     for layer, x in seen:
-        logits = (x @ layer.lora_moe_router["default"].T).flatten(0, 1)
+        router = layer.lora_moe_router["default"]
+        logits = (x.to(router.dtype) @ router.T).flatten(0, 1)
         sets = [set(naive.top_k_gate(row, top_k)) for row in logits]
         total = total + coefficient / parts(layer) * naive.balance(logits, sets, kept, top_k)
     return loss, total
@@ -56,10 +58,10 @@ def close(a, b, tolerance=1e-5):
         assert (a[name] - b[name]).abs().max() <= tolerance * max(1, b[name].abs().max()), name
 
 
-def reference(reduction="layers", share=1.0, scale=1.0, inputs=None):
+def reference(reduction="layers", share=1.0, scale=1.0, inputs=None, **how):
     parts = {"sum": lambda _: 1, "mean": lambda _: 14, "layers": lambda _: 7}[reduction]
     model = tiny.adapted(router_aux_loss_coef=0.0).train()
-    loss, aux = by_hand(model, inputs or batch(), 0.5, parts)
+    loss, aux = by_hand(model, inputs or batch(), parts=parts, **{"coefficient": 0.5, **how})
     (scale * (loss + share * aux)).backward()
     return gradients(model), float(loss.detach()), float(aux.detach())
 
@@ -108,11 +110,58 @@ def test_two_passes_before_one_backward(reentrant):
     close(gradients(model), want)
 
 
-def test_under_a_grad_scaler():
-    want, *_ = reference(scale=1024.0)
-    model = tiny.adapted(router_aux_loss_coef=0.5).train()
-    (model(**batch()).loss * 1024.0).backward()
-    close(gradients(model), want)
+def half_precision(scaler=None, coefficient=8.0):
+    """Gradients of one pass under float16 autocast, unscaled again where there is a scaler."""
+    model = tiny.adapted(router_aux_loss_coef=coefficient).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(**batch()).loss
+    if scaler is None:
+        loss.backward()
+    else:
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+    return gradients(model)
+
+
+@pytest.mark.parametrize("scale", [4.0, 64.0])
+def test_under_a_grad_scaler(scale):
+    """float16: the main gradient and the balance loss's are those of a plain sum of losses."""
+    main = half_precision(torch.amp.GradScaler("cpu", init_scale=scale), coefficient=0.0)
+    both = half_precision(torch.amp.GradScaler("cpu", init_scale=scale))
+    summed, *_ = reference(coefficient=8.0, half=True, scale=scale)
+    close(both, {name: grad / scale for name, grad in summed.items()}, 2e-2)
+    # The run without a scaler, which loses the smallest gradients.
+    close(main, half_precision(coefficient=0.0), 2e-2)
+    close(both, half_precision(), 2e-2)
+    shares = [(both[n] - main[n]).norm() / main[n].norm() for n in both if "router" in n]
+    assert sum(share > 0.05 for share in shares) > 7, "the balance loss must matter"
+
+
+def test_a_step_that_overflows_is_skipped():
+    """The scaler halves its scale, and the next step is as if there had been no other."""
+    model = tiny.adapted(router_aux_loss_coef=8.0).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-20)
+    for step in range(2):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**batch()).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 0:
+            assert any(not p.grad.isfinite().all() for p in trained.values())
+            assert all(torch.equal(p.detach(), before[n]) for n, p in trained.items())
+            assert scaler.get_scale() == 16
+            assert torch.tensor(router_aux_loss(model)).isfinite()
+        optimizer.zero_grad()
+    want = half_precision()
+    for name, parameter in trained.items():
+        moved = (before[name] - parameter.detach()) / 1e-2
+        assert moved.abs().max() > 0, name
+        assert (moved - want[name]).abs().max() <= 2e-2 * max(1, want[name].abs().max()), name
 
 
 def test_accumulation_as_the_trainer_does_it():

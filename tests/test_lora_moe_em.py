@@ -68,7 +68,10 @@ def test_rational_starts_at_gelu():
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("how", POOLERS)
 def test_a_layer_is_its_formula(how, dora):
-    """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j."""
+    """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j.
+
+    The values, and the gradients of a random projection of them.
+    """
     model = em(em_pooler=how, em_dora=dora, model=tiny.llama(dtype=torch.float64))
     block, seen = model.get_base_model().model.layers[0], {}
 
@@ -96,6 +99,7 @@ def test_a_layer_is_its_formula(how, dora):
             squeezed.append(top / (1 + abs(rest)))
         p = naive.softmax(torch.stack(squeezed) @ host["lora_moe_router"].T)
         picks.append((int(p.argmax()), p.max()))
+    ours, theirs = [], []
     for index, layer in enumerate(layers):
         x, out = seen[layer.name]
         a, b = layer.lora_moe_A["default"], layer.lora_moe_B["default"]
@@ -106,11 +110,32 @@ def test_a_layer_is_its_formula(how, dora):
                 adapted = (
                     layer.lora_moe_magnitude["default"][:, None]
                     * adapted
-                    / adapted.norm(dim=1)[:, None]
+                    / adapted.norm(dim=1).detach()[:, None]
                 )
             gate = p if pick == index else 0
-            want = x[row] @ weight.T + gate * (x[row] @ (adapted - weight).T)
-            assert (out[row] - want).abs().max() < 1e-10
+            ours.append(out[row])
+            theirs.append(x[row] @ weight.T + gate * (x[row] @ (adapted - weight).T))
+    trained = [p for p in block.parameters() if p.requires_grad]
+    for got, want in zip(ours, theirs, strict=True):
+        assert (got - want).abs().max() <= 1e-12 * max(1, want.abs().max())
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in ours]
+    grads = [
+        torch.autograd.grad(
+            sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)),
+            trained,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for outputs in (ours, theirs)
+    ]
+    routed = [i for i, p in enumerate(trained) if p is host["lora_moe_router"]]
+    assert grads[0][routed[0]].abs().max() > 0
+    for got, want in zip(*grads, strict=True):
+        if want is None:
+            want = torch.zeros(())
+        got = torch.zeros(()) if got is None else got
+        assert (got - want).abs().max() <= 1e-12 * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)
@@ -170,6 +195,98 @@ def test_decoding_by_hand_keeps_the_choice():
     assert all(torch.equal(value, kept[key]) for key, value in decisions(model).items())
     with pytest.raises(HtsrError, match="keeps the choice made at prefill"):
         model(input_ids=tiny.tokens(3, 1), past_key_values=first.past_key_values)
+
+
+def test_a_cache_by_hand_goes_on_token_by_token():
+    """Several more tokens may be more of the prompt, which the choice has not seen."""
+    model = em()
+    ids = tiny.tokens(2, 8)
+    first = model(input_ids=ids[:, :5], use_cache=True)
+    with pytest.raises(HtsrError, match="the cache given holds a part of the text already, with 3"):
+        model(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    with pytest.raises(HtsrError, match="the cache given holds a part of the text already"):
+        model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+GENERATE = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+def test_generate_with_a_static_cache():
+    """Its masks are 4-d where there is padding, which is refused; else all is as ever."""
+    model, ids = em(), tiny.tokens(2, 7)
+    want = model.generate(input_ids=ids, **GENERATE)
+    choice = decisions(model)
+    static = {"cache_implementation": "static", **GENERATE}
+    assert torch.equal(model.generate(input_ids=ids, **static), want)
+    assert all(torch.allclose(value, choice[key]) for key, value in decisions(model).items())
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    with pytest.raises(HtsrError, match="needs an attention mask of the tokens' shape"):
+        model.generate(input_ids=ids, attention_mask=mask, **static)
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_candidates_are_no_prompt(how):
+    """Assisted generation: the first pass has candidates behind the prompt."""
+    model, ids = em(em_pooler="last"), tiny.tokens(1, 4).repeat(1, 3)
+    want = model.generate(input_ids=ids, **GENERATE)
+    choice, lengths = decisions(model), []
+    base = model.get_base_model()
+    watch = base.register_forward_pre_hook(
+        lambda m, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    extra = (
+        {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": tiny.llama()}
+    )
+    got = model.generate(input_ids=ids, **GENERATE, **extra)
+    watch.remove()
+    assert lengths[0] > ids.shape[1], "there must be candidates"
+    assert torch.equal(got, want)
+    assert all(torch.equal(value, choice[key]) for key, value in decisions(model).items())
+
+
+def test_generation_that_splits_or_packs_the_prompt_is_refused():
+    model, ids = em(), tiny.tokens(1, 12)
+    with pytest.raises(HtsrError, match="whole prompt of 12 tokens, and generate ran the first 5"):
+        model.generate(input_ids=ids, prefill_chunk_size=5, **GENERATE)
+    want = model.generate(input_ids=ids, **GENERATE)
+    assert torch.equal(model.generate(input_ids=ids, prefill_chunk_size=12, **GENERATE), want)
+    with pytest.raises(HtsrError, match="continuous batching packs several into a row"):
+        model.generate(input_ids=ids, cache_implementation="paged", **GENERATE)
+    assert torch.equal(model.generate(input_ids=ids, **GENERATE), want)
+    # Where EM-LoRA is not active none of it concerns the model.
+    with model.disable_adapter():
+        assert model.generate(input_ids=ids, prefill_chunk_size=5, **GENERATE).shape == (1, 20)
+    # Drafts by the model's own first layers run generate within generate, on a cache of theirs.
+    with pytest.raises(HtsrError, match="holds a part of the text already"):
+        model.generate(input_ids=ids, assistant_early_exit=1, **GENERATE)
+
+
+def test_generate_from_embeddings():
+    model, ids = em(), tiny.tokens(2, 6)
+    embeds = model.get_input_embeddings()(ids)
+    want = model.generate(input_ids=ids, **GENERATE)[:, 6:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GENERATE), want)
+
+
+def test_two_adapters_on_other_linears():
+    """Each keeps its routers in its own linears, and routes when it is active."""
+    ids = tiny.tokens()
+    model = em()
+    first = model(ids).logits
+    torch.manual_seed(5)
+    model.add_adapter("other", LoraMoeConfig(system="em_lora", r=2, target_modules=["up_proj"]))
+    model.set_adapter("other")
+    tiny.move(model, seed=8)
+    model.eval()
+    second = model(ids).logits
+    assert not torch.allclose(second, first)
+    model.set_adapter("default")
+    assert torch.equal(model(ids).logits, first)
+    model.base_model.set_adapter(["default", "other"])
+    assert not torch.allclose(model(ids).logits, first)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert torch.equal(model(ids).logits, second)
 
 
 def completion(rows=4):

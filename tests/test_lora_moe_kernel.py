@@ -29,6 +29,12 @@ def tensors(dtype, *shapes, seed=0):
     ]
 
 
+def experts_alone(x, a, b, gate, scale=1.0):
+    """s Σ g_j B_j A_j x, on a base of zeros."""
+    base = x.new_zeros(len(x), len(b))
+    return experts.dense_experts(base, x @ a.T, b, gate, scale)
+
+
 def agree(ours, theirs, inputs, dtype):
     """Values, and the gradients of a fixed random projection, within the tolerance."""
     weight = tensors(dtype, ours.shape, seed=9)[0].detach()
@@ -45,7 +51,7 @@ def agree(ours, theirs, inputs, dtype):
 def test_top_k_mixture(dtype, k):
     x, a, b, router = tensors(dtype, (T, D_IN), (N * R, D_IN), (D_OUT, N * R), (N, D_IN))
     logits = gates.router_logits(x, router)
-    ours = experts.dense_experts(x, a, b, 0.7 * gates.top_k_softmax(logits, k).weights)
+    ours = experts_alone(x, a, b, gates.top_k_softmax(logits, k).weights, 0.7)
     chosen = [naive.top_k_gate(x_t @ router.T, k) for x_t in x]
     theirs = naive.mixture(x, chosen, a.split(R), b.split(R, 1), [0.7] * N)
     agree(ours, theirs, (x, a, b, router), dtype)
@@ -56,7 +62,7 @@ def test_adamole(dtype):
         dtype, (T, D_IN), (N * R, D_IN), (D_OUT, N * R), (N, D_IN), (1, D_IN), (1,)
     )
     routing = gates.threshold(gates.router_logits(x, router), gates.router_logits(x, tau, bias))
-    ours = experts.dense_experts(x, a, b, routing.weights)
+    ours = experts_alone(x, a, b, routing.weights)
     chosen = [naive.adamole_gate(x_t @ router.T, (x_t @ tau.T + bias)[0]) for x_t in x]
     assert len({len(gate) for gate in chosen}) > 1, "the number of experts must vary"
     theirs = naive.mixture(x, chosen, a.split(R), b.split(R, 1), [1.0] * N)
@@ -66,7 +72,7 @@ def test_adamole(dtype):
 def test_adamole_may_use_no_expert():
     routing = gates.threshold(torch.zeros(2, 4), torch.full((2, 1), 50.0))
     assert torch.equal(routing.weights, torch.zeros(2, 4))
-    assert torch.equal(routing.chosen, torch.zeros(2, 4))
+    assert not routing.chosen.any()
 
 
 def test_mor(dtype):
@@ -75,14 +81,14 @@ def test_mor(dtype):
     )
     weights = gates.dense_softmax(gates.router_logits(x, router)).weights
     gate = 1.3 * weights.unsqueeze(-1) * la
-    ours = experts.dense_experts(x, a, experts.scaled_b(b, lb), gate)
+    ours = experts_alone(x, a, experts.scaled_b(b, lb), gate)
     agree(ours, naive.mor(x, x @ router.T, a, b, la, lb, 1.3), (x, a, b, router, la, lb), dtype)
 
 
 def test_hydra(dtype):
     x, a, b, router = tensors(dtype, (T, D_IN), (R, D_IN), (D_OUT, N * R), (N, D_IN))
     weights = gates.dense_softmax(gates.router_logits(x, router)).weights
-    ours = experts.dense_experts(x, a, b, 1.3 * weights)
+    ours = experts_alone(x, a, b, weights, 1.3)
     theirs = naive.hydra(x, x @ router.T, a, b.split(R, 1), 1.3)
     agree(ours, theirs, (x, a, b, router), dtype)
 
@@ -123,17 +129,39 @@ def test_gradcheck(system):
     def layer(x, a, b, router, la, lb, tau):
         logits = gates.router_logits(x, router)
         if system == "top_k":
-            return experts.dense_experts(x, a, b, gates.top_k_softmax(logits, 2).weights)
+            return experts_alone(x, a, b, gates.top_k_softmax(logits, 2).weights)
         if system == "threshold":
             routing = gates.threshold(logits, gates.router_logits(x, tau))
-            return experts.dense_experts(x, a, b, routing.weights)
+            return experts_alone(x, a, b, routing.weights)
         weights = gates.dense_softmax(logits).weights
         if system == "hydra":
-            return experts.dense_experts(x, a[:R], b, weights)
+            return experts_alone(x, a[:R], b, weights)
         gate = weights.unsqueeze(-1) * la
-        return experts.dense_experts(x, a[:R], experts.scaled_b(b[:, :R], lb), gate)
+        return experts_alone(x, a[:R], experts.scaled_b(b[:, :R], lb), gate)
 
     assert torch.autograd.gradcheck(layer, (x, a, b, router, la, lb, tau))
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "max", "attention"])
+def test_gradcheck_of_a_prompt_chosen_expert(how):
+    from htsr_alloc.lora_moe import prompt
+
+    hidden, a, b, router, vector, magnitude = tensors(
+        torch.float64, (2, 4, D_IN), (R, D_IN), (D_OUT, R), (N, D_IN), (D_IN,), (D_OUT,)
+    )
+    (weight,) = tensors(torch.float64, (D_OUT, D_IN), seed=4)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    norm = experts.row_norm(weight, a, b, 1.0)
+
+    def layer(hidden, a, b, router, vector, magnitude):
+        pooled = prompt.pool(hidden, mask, how, vector)
+        start = [torch.tensor(c, dtype=torch.float64) for c in prompt.gelu_start()]
+        gate = prompt.decide(pooled, router, *start, "prob").weights[:, 1].view(-1, 1, 1)
+        plain = experts.add_product(hidden @ weight.T, hidden @ a.T * gate, b, 2.0)
+        dora = experts.dora_delta(hidden @ weight.T, hidden @ a.T @ b.T, magnitude, norm)
+        return plain, gate * dora
+
+    assert torch.autograd.gradcheck(layer, (hidden, a, b, router, vector, magnitude))
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -172,3 +200,27 @@ def test_gates_ignore_autocast():
     assert logits.dtype == torch.float32
     assert torch.equal(logits, x.bfloat16().float() @ router.T)
     assert math.isfinite(float(logits.detach().sum()))
+
+
+@pytest.mark.parametrize("shape", [(T,), (2, T)])
+def test_projection_is_two_products(dtype, shape):
+    """Both have the gradients of x Aᵀ and x W_rᵀ, together and one alone."""
+    x, a, router = tensors(dtype, (*shape, D_IN), (N * R, D_IN), (N, D_IN))
+    hidden, logits = experts.project(x, a, router)
+    agree(hidden, x @ a.T, (x, a), dtype)
+    agree(logits, x @ router.T, (x, router), dtype)
+    ours = torch.cat(experts.project(x, a, router), -1)
+    agree(ours, torch.cat([x @ a.T, x @ router.T], -1), (x, a, router), dtype)
+    with torch.no_grad():
+        assert torch.equal(torch.cat(experts.project(x, a, router), -1), ours)
+
+
+def test_projection_twice_differentiable():
+    inputs = tensors(torch.float64, (2, 3, D_IN), (N * R, D_IN), (N, D_IN))
+    assert torch.autograd.gradgradcheck(experts.project, inputs)
+
+
+def test_an_expert_counts_though_its_weight_rounds_to_zero():
+    routing = gates.top_k_softmax(torch.tensor([[0.0, 200.0, -1.0]]), 2)
+    assert routing.weights.tolist() == [[0.0, 1.0, 0.0]]
+    assert routing.chosen.tolist() == [[True, True, False]]

@@ -66,7 +66,6 @@ def test_report_of_prompts():
 
 
 def test_figure(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_routing(routing_report(tiny.adapted(), batches()), tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -95,6 +96,8 @@ def allocate(
     if metrics is None and not needs_no_metrics:
         metrics = newest_metrics()
         screen.note(f"metrics: {metrics.name}")
+        if metrics.stat().st_mtime > time.time() + 60:
+            screen.warn(f"{metrics.name} is dated in the future: name the one you mean.")
     if metrics is not None:
         text = files.read_bytes(metrics)
         loaded = records.loads(records.Metrics, text, metrics.name)

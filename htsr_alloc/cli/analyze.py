@@ -10,18 +10,20 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.inspect import show
-from htsr_alloc.cli.opening import opened, warn_unfitted
+from htsr_alloc.cli.opening import layer_map_of, opened, say_transfer, warn_unfitted
 from htsr_alloc.cli.options import (
     ESTIMATOR_HELP,
     AsJson,
     CacheDir,
     Exclude,
     Include,
+    KeepShards,
     Offline,
     OutFile,
     Quiet,
     Revision,
     Source,
+    Stream,
     Token,
 )
 from htsr_alloc.cli.screen import Screen, parse_size
@@ -46,6 +48,8 @@ def analyze(
     token: Token = None,
     cache_dir: CacheDir = None,
     offline: Offline = False,
+    stream: Stream = False,
+    keep_shards: KeepShards = True,
     workers: Annotated[
         Optional[int], typer.Option(help="Threads, a matrix each; default one a core.")
     ] = None,
@@ -65,11 +69,12 @@ def analyze(
     """Fit every weight matrix's spectrum and write MODEL.metrics.json, one value a layer."""
     # Of torchrun's processes the first speaks.
     screen = Screen(as_json, quiet or os.environ.get("RANK", "0") != "0")
-    checkpoint = opened(source, revision, token, cache_dir, offline)
+    checkpoint = opened(source, revision, token, cache_dir, offline, stream, keep_shards)
     if dry_run:
         show(screen, checkpoint, include, exclude)
         return
-    from htsr_alloc import analysis, records
+    say_transfer(screen, checkpoint, layer_map_of(checkpoint, include, exclude))
+    from htsr_alloc import analysis, files, records
     from htsr_alloc.running import decompose
     from htsr_alloc.spectrum import choose_device
 
@@ -88,8 +93,9 @@ def analyze(
         exclude=tuple(exclude or ()),
     )
     to_stdout = output is not None and str(output) == "-"
+    to_device = output is not None and is_device(output)
     run_files = None
-    if not to_stdout:
+    if not to_stdout and not to_device:
         name = checkpoint.name.rpartition("/")[2]
         run_files = analysis.RunFiles(output or Path(f"{name}.metrics.json"))
     metrics = analysis.analyze(
@@ -99,7 +105,14 @@ def analyze(
         return
     if to_stdout:
         screen.text(records.dumps(metrics))
+    elif to_device and output is not None:  # no place for a journal or spectra beside it
+        files.write_text(output, records.dumps(metrics))
     else:
         views.show_metrics(screen, metrics)
         screen.note(f"wrote {run_files.metrics} and {run_files.spectra.name}" if run_files else "")
     warn_unfitted(screen, metrics, strict)
+
+
+def is_device(path: Path) -> bool:
+    """A pipe or device, such as /dev/null; a missing path, file or folder is none."""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -1,17 +1,43 @@
-"""How a command ends: one sentence and an exit code."""
+"""How a command ends: one sentence and an exit code, whatever happens and whenever."""
 
 from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.cli.secrets import hide_from_others, redacted
 from htsr_alloc.errors import HtsrError
+
+GOES_ON = "the same command goes on where this one stopped."
+_received: list[int] = []  # signals that asked us to stop
+
+
+def stop_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the command by way of ``ends_well``."""
+
+    def stop(number: int, _: object) -> None:
+        _received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def exit_at_once(code: object) -> None:
+    """After a signal: threads still at work would keep the process for minutes.
+
+    What is finished is in the journal, synced; ``finally`` clauses have run.
+    """
+    if _received and code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        os._exit(int(str(code)))
 
 
 def ends_well(function: Callable[..., None]) -> Callable[..., None]:
@@ -19,21 +45,34 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
-        debug = os.environ.get("HTSR_DEBUG") == "1"
+        token = arguments.get("token")
+        hide_from_others(token)
         try:
             function(**arguments)
-        except HtsrError as error:
-            if debug:
-                raise
-            Screen().error(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            if debug:
-                raise
-            Screen().warn("interrupted; the same command goes on where this one stopped.")
-            raise typer.Exit(130) from None
+        except (typer.Exit, SystemExit):
+            raise
         except BrokenPipeError:  # the reader of our output (head, less) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except BaseException as error:
+            if os.environ.get("HTSR_DEBUG") == "1":
+                sys.stderr.write(redacted(traceback.format_exc(), token))
+            raise _ending(error) from None
 
     return run
+
+
+def _ending(error: BaseException) -> BaseException:
+    """Say it in a sentence: the exit that follows. An unknown error stays what it is."""
+    screen = Screen()
+    # An import that a signal cuts short may turn it into an error of its own.
+    if isinstance(error, KeyboardInterrupt) or _received:
+        number = _received[0] if _received else signal.SIGINT
+        screen.warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
+        return typer.Exit(128 + number)
+    if isinstance(error, MemoryError):
+        error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
+    if isinstance(error, HtsrError):
+        screen.error(error)
+        return typer.Exit(1)
+    return error

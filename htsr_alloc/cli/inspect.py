@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.opening import layer_map_of, opened
+from htsr_alloc.cli.opening import layer_map_of, opened, say_transfer
 from htsr_alloc.cli.options import (
     AsJson,
     CacheDir,
     Exclude,
     Include,
+    KeepShards,
     Offline,
     Quiet,
     Revision,
     Source,
+    Stream,
     Token,
 )
 from htsr_alloc.cli.screen import Screen
@@ -29,6 +31,8 @@ def inspect(
     token: Token = None,
     cache_dir: CacheDir = None,
     offline: Offline = False,
+    stream: Stream = False,
+    keep_shards: KeepShards = True,
     include: Include = None,
     exclude: Exclude = None,
     as_json: AsJson = False,
@@ -36,14 +40,17 @@ def inspect(
 ) -> None:
     """List a checkpoint's layers and matrices from its headers, and what analyze would take."""
     screen = Screen(as_json, quiet)
-    checkpoint = opened(source, revision, token, cache_dir, offline)
+    checkpoint = opened(source, revision, token, cache_dir, offline, stream, keep_shards)
     show(screen, checkpoint, include, exclude)
 
 
 def show(screen: Screen, checkpoint: Checkpoint, include, exclude) -> None:
-    from htsr_alloc.cost import predict
+    from htsr_alloc.cost import predict, transfer
     from htsr_alloc.running.schedule import available_cores
 
     layer_map = layer_map_of(checkpoint, include, exclude)
     cost = predict(layer_map.matrices, available_cores())
-    views.show_inspection(screen, checkpoint, layer_map, cost)
+    moved = transfer(checkpoint, layer_map.matrices)
+    views.show_inspection(screen, checkpoint, layer_map, cost, moved)
+    if not screen.as_json:
+        say_transfer(screen, checkpoint, layer_map)

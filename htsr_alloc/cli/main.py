@@ -14,10 +14,13 @@ from htsr_alloc import __version__
 from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
+from htsr_alloc.cli.compare import compare
 from htsr_alloc.cli.export import export
-from htsr_alloc.cli.failures import ends_well
+from htsr_alloc.cli.failures import ends_well, exit_at_once, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
+from htsr_alloc.cli.plot import plot
+from htsr_alloc.cli.report import report
 
 app = typer.Typer(
     name="htsr",
@@ -27,13 +30,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for command in (inspect, analyze, fit, allocate, export, build):  # the order of --help
+COMMANDS = (inspect, analyze, fit, allocate, plot, report, compare, export, build)
+for command in COMMANDS:  # the order of --help
     app.command()(ends_well(command))
 
 
 def main() -> None:
     """Entry point."""
-    app()
+    stop_on_signals()
+    try:
+        app()
+    except SystemExit as end:
+        exit_at_once(end.code)
+        raise
 
 
 def _version(asked: bool) -> None:

@@ -14,6 +14,15 @@ Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of 
 Token = Annotated[Optional[str], typer.Option(help="Access token of the hub.")]
 CacheDir = Annotated[Optional[Path], typer.Option(help="Where hub files are cached.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's local cache only.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Read a hub id by byte ranges; keep nothing on disk.")
+]
+KeepShards = Annotated[
+    bool,
+    typer.Option(
+        "--keep-shards/--drop-shards", help="Keep a hub id's files, or drop each when it is done."
+    ),
+]
 Include = Annotated[
     Optional[list[str]], typer.Option(help="Only tensors like this, as '*self_attn*'; repeatable.")
 ]

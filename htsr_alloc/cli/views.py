@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from htsr_alloc.layers import LayerMap
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.records import Allocation, Metrics
+    from htsr_alloc.sources.listing import Transfer
     from htsr_alloc.sources.reading import Checkpoint
 
 
 def show_inspection(
-    screen: Screen, checkpoint: Checkpoint, layer_map: LayerMap, cost: Cost
+    screen: Screen, checkpoint: Checkpoint, layer_map: LayerMap, cost: Cost, moved: Transfer
 ) -> None:
     """Layers, matrices, what is left out and why, and what an analysis will take."""
     skipped = [
@@ -49,6 +50,8 @@ def show_inspection(
                 ],
                 "skipped": [{"tensor": name, "reason": reason} for name, reason in skipped],
                 "bytes": sum(shard.nbytes for shard in checkpoint.listing.shards),
+                "download_bytes": moved.download,
+                "disk_bytes": moved.disk,
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
                 "least_bytes": cost.least_bytes,

@@ -18,21 +18,22 @@ REDUCTIONS = ("layers", "sum", "mean")
 def load_balance(probs: Tensor, chosen: Tensor, mask: Tensor | None, k: float) -> Tensor:
     """L = N Σ_i f_i P_i, the Switch Transformer's loss (arXiv 2101.03961, eq. 4).
 
-    f_i is the share of choices that fell on expert i, P_i the mean of p_i; only f_i's value
-    counts, P_i carries the gradient. At balance L = 1 if every token chooses k.
+    f_i is the share of choices that fell on expert i, P_i the mean of p_i, which carries the
+    gradient. At balance L = 1 if every token chooses k.
 
     Args:
-        probs: (T, N). chosen: (T, N), 0 or 1.
+        probs: (T, N). chosen: (T, N), bool.
         mask: (T,), false for padding, or None.
         k: what f is divided by beside T: choices a token has (AdaMoLE, whose number varies: 1).
     """
+    chosen = chosen.to(probs.dtype)
     if mask is None:
         f, p = chosen.mean(0), probs.mean(0)  # (N,)
     else:
         kept = mask.to(probs.dtype).unsqueeze(-1)  # (T, 1)
         tokens = kept.sum().clamp(min=1)
         f, p = (chosen * kept).sum(0) / tokens, (probs * kept).sum(0) / tokens
-    return probs.shape[-1] * (f.detach() / k * p).sum()
+    return probs.shape[-1] * (f / k * p).sum()
 
 
 class _Inject(torch.autograd.Function):

@@ -101,8 +101,9 @@ def _factors(
         gate = a.new_tensor([gates[block][index]])
     else:
         gate = a.new_tensor(gates.get(layer.name, [1.0]))  # (N,)
-    scale = layer.lora_moe_scale[adapter] if how.scale is None else how.scale
-    weights = (gate * scale).repeat_interleave(rank)  # (N r,)
+    if adapter in layer.lora_moe_scale:
+        gate = gate * layer.lora_moe_scale[adapter]
+    weights = (gate * how.scale).repeat_interleave(rank)  # (N r,)
     if how.system == "mor":
         b = (layer.lora_moe_lambda_B[adapter].t().unsqueeze(-1) * b.unsqueeze(1)).flatten(1)
         weights = weights * layer.lora_moe_lambda_A[adapter].flatten()

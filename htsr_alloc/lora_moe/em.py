@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, init, prompt
 from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.generation import Generation, prompt_length
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
 from htsr_alloc.lora_moe.passes import STATE, RouterState
 
@@ -31,7 +32,6 @@ def attach(
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HtsrError("EM-LoRA routes by the prompt of a decoder-only model.")
-    state.by_prompt = True
     for key, layers in blocks.items():
         block, host = model.get_submodule(key), layers[0]
         for index, layer in enumerate(layers):
@@ -43,23 +43,24 @@ def attach(
         def parameter(values: Any, like: Tensor = like) -> nn.Parameter:
             return nn.Parameter(torch.as_tensor(values, dtype=like.dtype, device=like.device))
 
-        router = torch.zeros(len(layers), width)
+        weights = torch.zeros(len(layers), width)
         if config.base_probe is None:
-            init.init_a(router, 1, True)
-        host.lora_moe_router[adapter] = parameter(router)
+            init.init_a(weights, 1, True)
+        host.lora_moe_router[adapter] = parameter(weights)
         if config.em_pooler == "attention":
             host.lora_moe_pool[adapter] = parameter(torch.zeros(width))
         host.lora_moe_numerator[adapter] = parameter(numerator)
         host.lora_moe_denominator[adapter] = parameter(denominator)
         host.em_pooler[adapter] = config.em_pooler
         if key not in state.routed:
-            state.routed.add(key)
-            hook = BlockRouter(key, host, state)
-            state.handles.append(block.register_forward_pre_hook(hook.open, with_kwargs=True))
+            state.routed[key] = router = BlockRouter(key, state)
+            state.handles.append(block.register_forward_pre_hook(router.open, with_kwargs=True))
             for child in block.children():
-                state.handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
-    if hasattr(model, "generate") and "generate" not in model.__dict__:
-        model.generate = types.MethodType(_generate, model)  # type: ignore[assignment]
+                state.handles.append(child.register_forward_pre_hook(router, with_kwargs=True))
+        state.routed[key].hosts[adapter] = host
+    for name, method in GENERATORS.items():
+        if hasattr(model, name) and name not in model.__dict__:
+            setattr(model, name, types.MethodType(method, model))
 
 
 def _width(block: nn.Module, host: LoraMoeLinear) -> int:
@@ -82,10 +83,21 @@ class BlockRouter:
     before the block's first module instead, which sees the block's input and lies inside.
     """
 
-    def __init__(self, key: str, host: LoraMoeLinear, state: RouterState) -> None:
-        self.key, self.host, self.state = key, host, state
+    def __init__(self, key: str, state: RouterState) -> None:
+        self.key, self.state = key, state
+        self.hosts: dict[str, LoraMoeLinear] = {}  # by adapter, the linear that holds its router
         self.first: nn.Module | None = None
         self.pointer: int | None = None
+
+    def active(self) -> list[str]:
+        """The adapters that route here now."""
+        return [
+            adapter
+            for adapter, host in self.hosts.items()
+            if adapter in host.em_pooler
+            and adapter in host.active_adapters
+            and not host.disable_adapters
+        ]
 
     def open(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note the block's input, by which its first module is known."""
@@ -94,7 +106,7 @@ class BlockRouter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each module of the block; only the first one counts."""
-        host, now = self.host, self.state.current
+        now = self.state.current
         if self.first is None:
             if _hidden(args, kwargs).data_ptr() != self.pointer:
                 raise HtsrError(
@@ -103,12 +115,10 @@ class BlockRouter:
                     "This architecture is not supported.",
                 )
             self.first = module
-        if module is not self.first or host.disable_adapters:
+        if module is not self.first:
             return
         hidden = _hidden(args, kwargs)  # (B, S, d)
-        for adapter in host.active_adapters:
-            if adapter not in host.em_pooler:
-                continue
+        for adapter in self.active():
             place = (self.key, adapter)
             if now.prompt is not None:
                 now.decisions[place] = self.decide(hidden, now.prompt, adapter)
@@ -120,7 +130,7 @@ class BlockRouter:
 
     def decide(self, hidden: Tensor, mask: Tensor, adapter: str) -> Tensor:
         """Gate weights (B, N), with the balance loss over prompts attached while training."""
-        host = self.host
+        host = self.hosts[adapter]
         how = host.em_pooler[adapter]
         vector = host.lora_moe_pool[adapter] if how == "attention" else None
         pooled = prompt.pool(hidden, mask, how, vector)
@@ -145,11 +155,23 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own generate, during which the first pass's choice holds."""
+    """The model's own generate, during which the choice on its prompt holds."""
     state: RouterState = getattr(self, STATE)
-    outer = state.generating
-    state.generating, state.prefilled = True, False
+    outer, state.generation = state.generation, Generation(prompt_length(args, kwargs))
     try:
         return type(self).generate(self, *args, **kwargs)
     finally:
-        state.generating = outer
+        state.generation = outer
+
+
+def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, which packs the texts of many requests into a row."""
+    if getattr(self, STATE).by_prompt:
+        raise HtsrError(
+            "EM-LoRA makes one choice a prompt, and continuous batching packs several into a row.",
+            "Use generate, without cache_implementation='paged'.",
+        )
+    return type(self).init_continuous_batching(self, *args, **kwargs)
+
+
+GENERATORS = {"generate": _generate, "init_continuous_batching": _init_continuous_batching}

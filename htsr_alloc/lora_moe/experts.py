@@ -1,8 +1,10 @@
-"""One dense kernel for every system: y = B_all · ((A_all x) ⊗ g).
+"""One dense kernel for every system: y = W₀x + s B_all · ((A_all x) ⊗ g).
 
 The N experts' A are stacked to one (N r, d_in) matrix and their B to one (d_out, N r), so that a
 token's experts cost two matrix products however many there are. An expert whose gate is zero
-stays in the graph with a zero gradient, and nothing waits for the device.
+stays in the graph with a zero gradient, and nothing waits for the device. What is as wide as the
+model is written as seldom as possible: the second product is added to the base's output as it is
+made, and A and the router give x one gradient together.
 """
 
 from __future__ import annotations
@@ -12,25 +14,67 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def dense_experts(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """The weighted sum of all experts, s Σ_j g_j B_j A_j x.
+class _Project(torch.autograd.Function):
+    """x Aᵀ and x Rᵀ, whose backward is two products instead of four and a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, a, router)
+        return F.linear(x, a), F.linear(x, router)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, a, router = ctx.saved_tensors
+        grad = torch.cat(grads, -1)  # (..., N r + N)
+        by_x = grad @ torch.cat([a, router]) if ctx.needs_input_grad[0] else None
+        rows = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (N r + N, d_in)
+        by_a, by_router = rows.split([len(a), len(router)])
+        return by_x, by_a, by_router
+
+
+def project(x: Tensor, a: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """A_all x and the router's logits, (..., N r) and (..., N).
 
     Args:
-        x: (..., d_in), the experts' input (after dropout).
-        a: (N r, d_in), A_1 ... A_N stacked; or (r, d_in), one A that all experts share.
+        x: (..., d_in). a: (N r, d_in). router: (N, d_in). All of one dtype, outside autocast.
+    """
+    if not torch.is_grad_enabled():
+        return F.linear(x, a), F.linear(x, router)
+    return _Project.apply(x, a, router)  # type: ignore[return-value]
+
+
+def dense_experts(
+    base: Tensor, hidden: Tensor, b: Tensor, gate: Tensor, scale: float = 1.0
+) -> Tensor:
+    """The base's output plus the weighted sum of all experts, base + s Σ_j g_j B_j A_j x.
+
+    Args:
+        base: (..., d_out), W₀x.
+        hidden: (..., N r), A_all x; or (..., r), of one A that all experts share.
         b: (d_out, N r), B_1 ... B_N side by side.
-        gate: (..., N), or (..., N, r) where each rank has a weight of its own; a scale is part
-            of it.
+        gate: (..., N), or (..., N, r) where each rank has a weight of its own.
+        scale: s.
 
     Returns:
         (..., d_out).
     """
-    weights = gate if gate.dim() > x.dim() else gate.unsqueeze(-1)  # (..., N, 1 or r)
+    weights = gate if gate.dim() > hidden.dim() else gate.unsqueeze(-1)  # (..., N, 1 or r)
     experts = weights.shape[-2]
-    hidden = F.linear(x, a)  # (..., N r), or (..., r) when shared
     hidden = hidden.unflatten(-1, (-1, b.shape[1] // experts))  # (..., N or 1, r)
     hidden = (hidden * weights.to(hidden.dtype)).flatten(-2)  # (..., N r)
-    return F.linear(hidden, b)
+    return add_product(base, hidden, b, scale)
+
+
+def add_product(base: Tensor, hidden: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """base + s B h: one pass where the dtypes agree, else in the wider of them.
+
+    Args:
+        base: (..., d_out). hidden: (..., R). b: (d_out, R).
+    """
+    if base.dtype == hidden.dtype == b.dtype:
+        flat = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), b.t(), alpha=scale)
+        return flat.view_as(base)
+    return base + F.linear(hidden * scale, b)
 
 
 def scaled_b(b: Tensor, lambda_b: Tensor) -> Tensor:

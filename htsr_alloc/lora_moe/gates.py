@@ -5,6 +5,7 @@ All of it is done in float32 or better, whatever autocast says, and without aski
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,25 +18,43 @@ class Routing(NamedTuple):
 
     Attributes:
         weights: (..., N), the gate g.
-        probs: (..., N), p = softmax of the logits, before any choice.
-        chosen: (..., N), 1 where the token uses the expert, else 0; no gradient.
+        logits: (..., N), from which it was made.
+        kept: (..., N), the same, -inf where the token does not use the expert.
     """
 
     weights: Tensor
-    probs: Tensor
-    chosen: Tensor
+    logits: Tensor
+    kept: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """(..., N), p = softmax of the logits, before any choice."""
+        return self.logits.softmax(-1)
+
+    @property
+    def chosen(self) -> Tensor:
+        """(..., N) bool, whether the token uses the expert, though its weight may round to 0."""
+        return self.kept > -math.inf
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether a router may be computed in it: float32 or float64."""
+    return dtype in (torch.float32, torch.float64)
 
 
 def router_logits(x: Tensor, router: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W_r x in float32 (float64 where both are), outside autocast.
+    """W_r x in float32 (float64 where the router is), outside autocast.
 
     Args:
         x: (..., d_in), without dropout.
         router: (N, d_in).
     """
-    dtype = torch.promote_types(router.dtype, torch.float32)
+    if not is_wide(router.dtype):
+        router, bias = router.float(), None if bias is None else bias.float()
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x.to(router.dtype), router, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), router.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(x.to(router.dtype), router, bias)
 
 
 def top_k_softmax(logits: Tensor, k: int) -> Routing:
@@ -44,18 +63,16 @@ def top_k_softmax(logits: Tensor, k: int) -> Routing:
     p_i / Σ_chosen p is the softmax over the chosen logits alone, and is computed so. With k = N
     this is the dense softmax. Ties go to one expert, never to more than k.
     """
-    probs = logits.softmax(-1)
     if k >= logits.shape[-1]:
-        return Routing(probs, probs, torch.ones_like(probs))
+        return dense_softmax(logits)
     values, index = logits.topk(k, dim=-1)  # (..., k)
-    empty = torch.zeros_like(logits)
-    weights = empty.scatter(-1, index, values.softmax(-1))
-    return Routing(weights, probs, empty.scatter(-1, index, 1.0))
+    kept = torch.full_like(logits, -math.inf).scatter(-1, index, values)
+    return Routing(kept.softmax(-1), logits, kept)
 
 
 def dense_softmax(logits: Tensor) -> Routing:
     """g = p: every expert takes part (MoR; HydraLoRA, arXiv 2404.19245, eq. 5)."""
-    return top_k_softmax(logits, logits.shape[-1])
+    return Routing(logits.softmax(-1), logits, logits)
 
 
 def threshold(logits: Tensor, tau_logit: Tensor) -> Routing:
@@ -66,11 +83,10 @@ def threshold(logits: Tensor, tau_logit: Tensor) -> Routing:
     Args:
         logits: (..., N). tau_logit: (..., 1), W_τ x + b.
     """
-    probs = logits.softmax(-1)
-    above = (probs - tau_logit.sigmoid() / logits.shape[-1]).relu()
+    above = (logits.softmax(-1) - tau_logit.sigmoid() / logits.shape[-1]).relu()
     total = above.sum(-1, keepdim=True)
     weights = above / torch.where(total > 0, total, torch.ones_like(total))
-    return Routing(weights, probs, (above > 0).to(probs.dtype))
+    return Routing(weights, logits, logits.masked_fill(above == 0, -math.inf))
 
 
 def top_1(logits: Tensor, weighting: str) -> Routing:
@@ -87,4 +103,4 @@ def top_1(logits: Tensor, weighting: str) -> Routing:
     weights = probs * chosen
     if weighting == "straight_through":
         weights = chosen + (weights - weights.detach())
-    return Routing(weights, probs, chosen)
+    return Routing(weights, logits, logits.masked_fill(chosen == 0, -math.inf))

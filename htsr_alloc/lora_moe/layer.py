@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import balance, experts, gates, init
+from htsr_alloc.lora_moe import balance, experts, gates, parameters
 from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
-from htsr_alloc.lora_moe.linears import base_weight, features
+from htsr_alloc.lora_moe.linears import base_weight, features, is_plain
 from htsr_alloc.lora_moe.passes import RouterState
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one adapter does on one linear. ``scale`` is None where each expert has its own."""
+    """What one adapter does on one linear; where each expert has a scale, ``scale`` is 1."""
 
     system: str
     experts: int
     top_k: int
-    scale: float | None
+    scale: float
     weighting: str = "prob"
     dora: bool = False
 
@@ -51,10 +51,9 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         "lora_moe_numerator",
         "lora_moe_denominator",
     )
+    frozen_names = tuple(f"lora_moe_{name}" for name in parameters.FROZEN)
     other_param_names = (
-        "lora_moe_res_A",
-        "lora_moe_res_B",
-        "lora_moe_scale",
+        *frozen_names,
         "lora_moe_dropout",
         "mixture",
         "aux_weight",
@@ -84,7 +83,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.name = name
         self.state = state
         self.in_features, self.out_features = features(base_layer, name)
-        for container in (*self.adapter_layer_names, *self.other_param_names[:3]):
+        for container in (*self.adapter_layer_names, *self.frozen_names):
             setattr(self, container, nn.ParameterDict())
         self.lora_moe_dropout = nn.ModuleDict()
         self.mixture: dict[str, Mixture] = {}
@@ -96,183 +95,113 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
 
     def update_layer(self, adapter: str, config: LoraMoeConfig) -> None:
-        """Add an adapter: its parameters in float32 (float64 on such a base), started."""
-        n, r = config.experts_of(self.name), config.r
-        d_in, d_out = self.in_features, self.out_features
-        system = config.system
-        weight = base_weight(self.base_layer)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if not weight.is_floating_point():
-            dtype = torch.float32
+        """Add an adapter: its parameters in float32 (float64 on such a base), started.
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
-
-        a_rows = r if system in DENSE else n * r
-        self.lora_moe_A[adapter] = parameter(a_rows, d_in)
-        self.lora_moe_B[adapter] = parameter(d_out, r if system == "mor" else n * r)
-        if n > 1:
-            self.lora_moe_router[adapter] = parameter(n, d_in)
-        if system == "mor":
-            self.lora_moe_lambda_A[adapter] = parameter(n, r)
-            self.lora_moe_lambda_B[adapter] = parameter(n, d_out)
-        if system == "adamole" and n > 1:
-            self.lora_moe_tau[adapter] = parameter(1, d_in)
-            self.lora_moe_tau_bias[adapter] = parameter(1)
-        if config.em_dora:
-            self.lora_moe_magnitude[adapter] = parameter(d_out)
-        scale: float | None = config.lora_alpha / r
-        if system in GOAT:
-            if config.goat_scale == "theorem":
-                scale = init.goat_scale(d_in, r, config.goat_eta)
-            for container, like in (
-                ("lora_moe_res_A", "lora_moe_A"),
-                ("lora_moe_res_B", "lora_moe_B"),
-            ):
-                shape = getattr(self, like)[adapter].shape
-                getattr(self, container)[adapter] = parameter(*shape).requires_grad_(False)
-        if system == "goat_plus":
-            self.lora_moe_scale[adapter] = parameter(n).requires_grad_(False)
+        Raises:
+            HtsrError: EM-DoRA, or the start of GOAT, on a quantised base.
+        """
+        n, weight = config.experts_of(self.name), base_weight(self.base_layer)
+        if config.em_dora and not is_plain(weight):
+            raise HtsrError(
+                f"{self.name} is quantised, and EM-DoRA needs the norms of its rows in every pass, "
+                "which its integers do not show.",
+                "Leave em_dora out, or use the unquantised model.",
+            )
+        dtype, own = parameters.dtype_of(weight), {}
+        found = parameters.shapes(config, n, self.in_features, self.out_features)
+        for name, shape in found.items():
+            values = torch.zeros(shape, dtype=dtype, device=weight.device)
+            own[name] = nn.Parameter(values, requires_grad=name not in parameters.FROZEN)
+            getattr(self, f"lora_moe_{name}")[adapter] = own[name]
+        # With a probe the values come from a file; on the meta device there are none.
+        if config.base_probe is None and weight.device.type != "meta":
+            parameters.start(own, config, self.name, weight)
         drop = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_moe_dropout[adapter] = drop
-        if config.base_probe is None:  # else the weights come from a file
-            self._start(adapter, config, weight, scale)
         self.mixture[adapter] = Mixture(
-            system=system,
+            system=config.system,
             experts=n,
             top_k=config.top_k_of(self.name),
-            scale=None if system == "goat_plus" else scale,
+            scale=1.0 if "scale" in own else parameters.scale_of(config, self.in_features),
             weighting=config.em_weighting,
             dora=config.em_dora,
         )
         self.aux_weight[adapter] = 0.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
-    def _start(
-        self, adapter: str, config: LoraMoeConfig, weight: Tensor, scale: float | None
-    ) -> None:
-        a, system = self.lora_moe_A[adapter], config.system
-        if a.device.type == "meta":
-            return
-        init.init_a(a, a.shape[0] // config.r, config.init_lora_weights)
-        if adapter in self.lora_moe_router:
-            init.init_a(self.lora_moe_router[adapter], 1, True)
-        if adapter in self.lora_moe_tau:
-            init.init_a(self.lora_moe_tau[adapter], 1, True)
-        if system == "mor":
-            nn.init.normal_(a, std=1 / config.r)
-            if adapter in self.lora_moe_router:
-                nn.init.normal_(self.lora_moe_router[adapter], std=init.ROUTER_STD)
-            for ones in (self.lora_moe_lambda_A, self.lora_moe_lambda_B):
-                nn.init.normal_(ones[adapter], mean=1.0, std=init.ROUTER_STD)
-        if config.em_dora:
-            self._refuse_quantised("EM-DoRA needs the norms of its rows")
-            self.lora_moe_magnitude[adapter].copy_(weight.to(a.dtype).norm(dim=1))
-        if system in GOAT:
-            self._refuse_quantised("GOAT needs its singular values")
-            n = config.experts_of(self.name)
-            assert scale is not None
-            try:
-                start = init.goat_start(
-                    weight,
-                    n,
-                    config.r,
-                    segment=config.goat_segment,
-                    scale=scale,
-                    rho=config.goat_rho,
-                    plus=system == "goat_plus",
-                )
-            except HtsrError as error:
-                raise HtsrError(f"{self.name}: {error.message}", error.hint) from None
-            a.copy_(start.a)
-            self.lora_moe_B[adapter].copy_(start.b)
-            self.lora_moe_res_A[adapter].copy_(start.a)
-            self.lora_moe_res_B[adapter].copy_(
-                start.b * (start.scales / n).repeat_interleave(config.r)
-            )
-            if system == "goat_plus":
-                self.lora_moe_scale[adapter].copy_(start.scales)
-
-    def _refuse_quantised(self, why: str) -> None:
-        weight = base_weight(self.base_layer)
-        if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
-            raise HtsrError(
-                f"{self.name} is quantised, and {why}, which its integers do not show.",
-                "Make and save the adapter on the unquantised model, then load it on the "
-                "quantised one; or use system='alphalora'.",
-            )
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus the active adapters', in the base's dtype. (..., d_out)."""
-        result = self.base_layer(x, *args, **kwargs)
+        base = result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
-        dtype = result.dtype
+            return base
         for adapter in self.active_adapters:
             if adapter in self.mixture:
-                result = result + self.delta(x, adapter, result)
-        return result.to(dtype)
+                result = self.adapt(result, x, adapter, base)
+        return result.to(base.dtype)
 
-    def delta(self, x: Tensor, adapter: str, base: Tensor) -> Tensor:
-        """Δ(x) of one adapter. (..., d_out)."""
+    def adapt(self, result: Tensor, x: Tensor, adapter: str, base: Tensor) -> Tensor:
+        """``result`` plus Δ(x) of one adapter; ``base`` is W₀x. (..., d_out)."""
         how = self.mixture[adapter]
         a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
-        x_a = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
-        dropped = self.lora_moe_dropout[adapter](x_a)
-        scale = self.lora_moe_scale[adapter] if how.scale is None else how.scale
-        if how.experts == 1 and how.system == "mor":
-            gate = scale * self.lora_moe_lambda_A[adapter]  # (1, r), the same for all tokens
-            gate = gate.expand(*x.shape[:-1], *gate.shape)
-            b = experts.scaled_b(b, self.lora_moe_lambda_B[adapter])
-            out = experts.dense_experts(dropped, a, b, gate)
-        elif how.experts == 1:
-            out = F.linear(F.linear(dropped, a), b) * scale
-            if how.system == "em_lora":
-                out = self._chosen(out, adapter, base)
-        else:
-            gate = self._balanced(self.route(x, adapter), adapter, x.shape[:-1]) * scale
-            if how.system == "mor":
-                gate = gate.unsqueeze(-1) * self.lora_moe_lambda_A[adapter]  # (..., N, r)
-                b = experts.scaled_b(b, self.lora_moe_lambda_B[adapter])
-            out = experts.dense_experts(dropped, a, b, gate)
-        if adapter in self.lora_moe_res_A:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x_a = x if autocast else x.to(a.dtype)
+        dropped = self.lora_moe_dropout[adapter](x_a) if self.training else x_a
+        if how.system in GOAT:
             residual = F.linear(x_a, self.lora_moe_res_A[adapter])
-            out = out - F.linear(residual, self.lora_moe_res_B[adapter])
-        return out
+            result = experts.add_product(result, residual, self.lora_moe_res_B[adapter], -1.0)
+        if how.system == "em_lora":
+            return self._add_chosen(result, F.linear(dropped, a), adapter, base)
+        if how.experts == 1:
+            hidden = F.linear(dropped, a)
+            gate = torch.ones_like(hidden[..., :1])
+        else:
+            router = self.lora_moe_router[adapter]
+            if dropped is x_a and not autocast and gates.is_wide(a.dtype):
+                hidden, logits = experts.project(x_a, a, router)
+            else:
+                hidden, logits = F.linear(dropped, a), gates.router_logits(x, router)
+            gate = self._balanced(self._gate(logits, x, adapter), adapter)
+        if how.system == "goat_plus":
+            gate = gate * self.lora_moe_scale[adapter]
+        if how.system == "mor":
+            gate = gate.unsqueeze(-1) * self.lora_moe_lambda_A[adapter]  # (..., N, r)
+            b = experts.scaled_b(b, self.lora_moe_lambda_B[adapter])
+        return experts.dense_experts(result, hidden, b, gate, how.scale)
 
-    def _chosen(self, out: Tensor, adapter: str, base: Tensor) -> Tensor:
+    def _add_chosen(self, result: Tensor, hidden: Tensor, adapter: str, base: Tensor) -> Tensor:
         """EM-LoRA: this linear's expert, weighted by its block's router. (B, S, d_out)."""
         key, index = self.em_place[adapter]
         decision = self.state.current.decisions.get((key, adapter))
-        if decision is None or out.dim() != 3 or len(out) != len(decision):
+        if decision is None or hidden.dim() != 3 or len(hidden) != len(decision):
             raise HtsrError(
                 f"{self.name} was called without its layer's router or its (batch, token) shape.",
                 "EM-LoRA needs the whole model.",
             )
-        if self.mixture[adapter].dora:
-            a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
-            how = self.mixture[adapter]
-            norm = experts.row_norm(base_weight(self.base_layer), a, b, how.scale or 0.0)
-            bias = getattr(self.base_layer, "bias", None)
-            clean = base.to(out.dtype) if bias is None else (base - bias).to(out.dtype)
-            out = experts.dora_delta(clean, out, self.lora_moe_magnitude[adapter], norm)
-        return out * decision[:, index].to(out.dtype).view(-1, 1, 1)
+        how, gate = self.mixture[adapter], decision[:, index].to(hidden.dtype).view(-1, 1, 1)
+        a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
+        if not how.dora:
+            return experts.add_product(result, hidden * gate, b, how.scale)
+        low_rank = F.linear(hidden, b) * how.scale
+        bias = getattr(self.base_layer, "bias", None)
+        clean = base.to(low_rank.dtype) if bias is None else (base - bias).to(low_rank.dtype)
+        norm = experts.row_norm(base_weight(self.base_layer), a, b, how.scale)
+        magnitude = self.lora_moe_magnitude[adapter]
+        return result + gate * experts.dora_delta(clean, low_rank, magnitude, norm)
 
     def route(self, x: Tensor, adapter: str) -> gates.Routing:
         """The router's decision on every token of x (..., d_in); needs N > 1."""
+        return self._gate(gates.router_logits(x, self.lora_moe_router[adapter]), x, adapter)
+
+    def _gate(self, logits: Tensor, x: Tensor, adapter: str) -> gates.Routing:
         how = self.mixture[adapter]
-        logits = gates.router_logits(x, self.lora_moe_router[adapter])  # (..., N)
         if how.system == "adamole":
-            tau = self.lora_moe_tau[adapter]
-            return gates.threshold(
-                logits, gates.router_logits(x, tau, self.lora_moe_tau_bias[adapter])
-            )
+            tau, bias = self.lora_moe_tau[adapter], self.lora_moe_tau_bias[adapter]
+            return gates.threshold(logits, gates.router_logits(x, tau, bias))
         if how.system in DENSE:
             return gates.dense_softmax(logits)
         return gates.top_k_softmax(logits, how.top_k)
 
-    def _balanced(self, routing: gates.Routing, adapter: str, tokens: torch.Size) -> Tensor:
+    def _balanced(self, routing: gates.Routing, adapter: str) -> Tensor:
         """The gate weights, with the balance loss's gradient attached while training."""
         weight = self.aux_weight[adapter]
         if not self.training or weight == 0:
@@ -281,7 +210,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         loss = weight * balance.load_balance(
             routing.probs.flatten(0, -2),
             routing.chosen.flatten(0, -2),
-            now.mask(tokens, self.name),
+            now.mask(routing.weights.shape[:-1], self.name),
             1 if how.system == "adamole" else how.top_k,
         )
         self.router_aux_loss = loss.detach()
@@ -302,7 +231,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """To the base's device; the dtype stays float32, unlike PEFT's own layers."""
         target = device or base_weight(self.base_layer).device
-        for container in (*self.adapter_layer_names, *self.other_param_names[:3]):
-            parameters = getattr(self, container)
-            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
-                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
+        for container in (*self.adapter_layer_names, *self.frozen_names):
+            own = getattr(self, container)
+            if adapter_name in own and own[adapter_name].device.type != "meta":
+                own[adapter_name].data = own[adapter_name].data.to(target)

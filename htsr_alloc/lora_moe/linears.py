@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
@@ -13,6 +14,16 @@ def base_weight(base_layer: nn.Module) -> Tensor:
     weight = base_layer.weight if weight is None else weight
     assert isinstance(weight, Tensor)
     return weight.t() if type(base_layer).__name__ == "Conv1D" else weight
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether its elements are the weight's values: no integers, fp8, or a quantiser's own class.
+
+    Such a class is one of a package beside torch (torchao, quanto); bitsandbytes' weights are
+    integers.
+    """
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return weight.dtype in floats and type(weight.data).__module__.partition(".")[0] == "torch"
 
 
 def features(base_layer: nn.Module, name: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import prompt
+from htsr_alloc.lora_moe.generation import Generation, read_prompt
 
 STATE = "lora_moe_state"  # attribute of the adapted model
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
@@ -80,9 +80,13 @@ class RouterState:
         self.total: Tensor | None = None
         self.passes = 0
         self.handles: list[Any] = []  # of the hooks on the model
-        self.by_prompt = False  # whether EM-LoRA is on the model, and on which blocks
-        self.routed: set[str] = set()
-        self.generating = self.prefilled = False
+        self.routed: dict[str, Any] = {}  # EM-LoRA's BlockRouter of each block
+        self.generation: Generation | None = None  # while the model's generate runs
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether an EM-LoRA adapter is active."""
+        return any(router.active() for router in self.routed.values())
 
     def add(self, value: Tensor) -> None:
         """Count one pass's weighted loss; nothing waits for the device."""
@@ -161,33 +165,13 @@ class PassHooks:
         before = self.state.current
         self.state.current = now = Pass(masks, device)
         if self.state.by_prompt:
-            self.read_prompt(given, now, before)
+            read_prompt(given, given.get(ENCODER), now, before, self.state.generation)
         labels, items = given.get("labels"), given.get("num_items_in_batch")
         if isinstance(labels, Tensor) and items is not None:
             # Counted as transformers' Trainer counts its items, so that the shares sum to 1.
             if getattr(model, "loss_type", None) == "ForCausalLM":
                 labels = given.get("shift_labels", labels[..., 1:])
             now.share = (labels != -100).sum() / items
-
-    def read_prompt(self, given: dict[str, Any], now: Pass, before: Pass) -> None:
-        """Find EM-LoRA's prompt tokens, or keep to the choice of the pass before."""
-        state, past = self.state, given.get("past_key_values")
-        continues = past is not None and past.get_seq_length() > 0
-        if continues or (state.generating and state.prefilled):
-            now.decisions = before.decisions
-            return
-        state.prefilled = True
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
-        mask = given.get(ENCODER)
-        if isinstance(mask, Tensor) and mask.shape != tokens.shape:
-            raise HtsrError(
-                f"EM-LoRA needs an attention mask of the tokens' shape {tuple(tokens.shape)}, and "
-                f"was given {tuple(mask.shape)}.",
-                "Use the dynamic cache and a 2-d mask.",
-            )
-        prompt.refuse_packing(mask, given)
-        now.prompt = prompt.prompt_tokens(mask, given.get("labels"), tokens)
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Mark the outputs; add up the pass's balance loss."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.linears import is_plain
 
 COUNT = 4  # evenly spaced elements of a weight
 
@@ -15,9 +16,7 @@ COUNT = 4  # evenly spaced elements of a weight
 def take(base_layer: nn.Module) -> dict[str, Any] | None:
     """{"shape", "dtype", "values"} of a linear's weight; None where it is not plain floats."""
     weight: Any = getattr(base_layer, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
-        return None
-    if weight.device.type == "meta" or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not is_plain(weight) or weight.device.type == "meta":
         return None
     step = max(1, weight.numel() // COUNT)
     values = weight.detach().flatten()[step // 2 :: step][:COUNT]

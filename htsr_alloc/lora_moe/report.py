@@ -46,13 +46,13 @@ class _Sums:
         self.gate: Any = 0
         self.entropy: Any = 0
 
-    def add(self, weights: Tensor, probs: Tensor, mask: Tensor | None) -> None:
-        """weights, probs: (T, N). mask: (T,)."""
+    def add(self, weights: Tensor, chosen: Tensor, probs: Tensor, mask: Tensor | None) -> None:
+        """weights, chosen, probs: (T, N). mask: (T,)."""
         weights, probs = weights.double(), probs.double()
         kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens = self.tokens + kept.sum()
-        self.chosen = self.chosen + ((weights > 0) * kept[:, None]).sum(0)
+        self.chosen = self.chosen + (chosen * kept[:, None]).sum(0)
         self.gate = self.gate + (weights * kept[:, None]).sum(0)
         self.entropy = self.entropy + (entropy * kept).sum()
 
@@ -90,7 +90,10 @@ def routing_report(
             routing = layer.route(x, adapter)
             mask = state.current.mask(x.shape[:-1], layer.name)
             sums.setdefault(layer.name, _Sums()).add(
-                routing.weights.flatten(0, -2), routing.probs.flatten(0, -2), mask
+                routing.weights.flatten(0, -2),
+                routing.chosen.flatten(0, -2),
+                routing.probs.flatten(0, -2),
+                mask,
             )
 
     with evaluating(model), torch.no_grad():
@@ -101,7 +104,7 @@ def routing_report(
                 for (block, name), weights in state.current.decisions.items():
                     if name == adapter:
                         probs = state.current.probs[(block, name)]
-                        sums.setdefault(block, _Sums()).add(weights, probs, None)
+                        sums.setdefault(block, _Sums()).add(weights, weights > 0, probs, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -134,14 +137,9 @@ def _state(model: nn.Module) -> RouterState:
 
 def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
     """A heat map, one row a router and one column an expert: its load times N (1 is balance).
-
-    Raises:
-        HtsrError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     most = max(len(row.load) for row in reports)
     cells = [
         [x * len(row.load) for x in row.load] + [float("nan")] * (most - len(row.load))

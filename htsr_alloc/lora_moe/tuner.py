@@ -112,7 +112,7 @@ class LoraMoeModel(BaseTuner):
         for layer in layers_of(self.model):
             dtype = base_weight(layer.base_layer).dtype
             if dtype.is_floating_point:
-                for name in (*layer.adapter_layer_names, *layer.other_param_names[:3]):
+                for name in (*layer.adapter_layer_names, *layer.frozen_names):
                     parameters = getattr(layer, name)
                     if adapter_name in parameters:
                         parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
@@ -123,7 +123,8 @@ class LoraMoeModel(BaseTuner):
         state: RouterState | None = model.__dict__.pop(STATE, None)
         for handle in state.handles if state is not None else ():
             handle.remove()
-        model.__dict__.pop("generate", None)
+        for name in em.GENERATORS:
+            model.__dict__.pop(name, None)
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,12 +49,13 @@ def decompose_all(
     check_engine(settings.engine, devices[0])
     threads = THREADS_PER_GPU * len(devices) if devices[0].type == "cuda" else None
     workers = limits.workers or threads or schedule.available_cores()
-    by_shard = checkpoint.revision is not None
+    by_shard = checkpoint.store.by_shard
     tasks = sorted(matrices, key=lambda m: (m.ref.shard if by_shard else 0, -flops(m), m.name))
     if limits.max_memory is not None:
         budget = limits.max_memory - fixed_bytes(matrices)
     else:
         budget = workers_bytes(matrices, workers, settings.engine)
+        _check_fits(matrices, settings.engine)
     here = threading.local()
     free = devices * workers  # each thread takes the next: devices in turn
     lock = threading.Lock()
@@ -65,8 +68,19 @@ def decompose_all(
             torch.cuda.set_stream(torch.cuda.Stream(here.device))
 
     def work(matrix: MatrixRef) -> Entry:
-        digest = checkpoint.digest(matrix.ref, matrix.index)  # reading the file in, as well
-        weight = checkpoint.read(matrix.ref, matrix.index)
+        try:
+            return decompose(matrix)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise HtsrError(
+                f"There was not enough memory for {matrix.name} ({_size(matrix)}).",
+                "Run the same command again with fewer --workers; what is finished is kept.",
+            ) from error
+
+    def decompose(matrix: MatrixRef) -> Entry:
+        digest = hashlib.sha256()
+        weight = checkpoint.read(matrix.ref, matrix.index, digest)
         if here.device.type == "cuda":
             weight = weight.pin_memory()
         found = spectrum(
@@ -76,16 +90,39 @@ def decompose_all(
             farms=settings.farms,
             bins=settings.bins,
         )
-        return Entry(found, digest)
+        return Entry(found, digest.hexdigest())
 
-    return schedule.run(
+    users = Counter(shard for matrix in tasks for shard in checkpoint.shards_of(matrix.ref))
+    for matrix, entry in schedule.run(
         tasks,
         work,
         workers=min(workers, max(1, len(tasks))),
         cost=lambda matrix: matrix_bytes(matrix, settings.engine),
         budget=budget,
         start_thread=start_thread,
-    )
+    ):
+        yield matrix, entry  # and journaled, when we go on
+        for shard in checkpoint.shards_of(matrix.ref):
+            users[shard] -= 1
+            if users[shard] == 0:
+                checkpoint.store.release(shard)
+
+
+def _check_fits(matrices: Sequence[MatrixRef], engine: str) -> None:
+    """Refuse a matrix that this machine's memory cannot hold, which Linux would let us begin."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for matrix in matrices:
+        needed = matrix_bytes(matrix, engine)
+        if needed > machine:
+            raise HtsrError(
+                f"{matrix.name} ({_size(matrix)}) takes {needed / 1e9:.0f} GB of memory, and "
+                f"this machine has {machine / 1e9:.0f} GB.",
+                "Leave it out with --exclude.",
+            )
+
+
+def _size(matrix: MatrixRef) -> str:
+    return f"{matrix.shape[0]} x {matrix.shape[1]}"
 
 
 def _devices(name: str) -> list[torch.device]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.files import cannot, read_bytes
+from htsr_alloc.sources.header import Header
 
 # Bytes an element takes, and the torch dtype's name, by the code in a safetensors header.
 FLOAT_DTYPES = {
@@ -29,6 +27,8 @@ FLOAT_DTYPES = {
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")
+CONFIG_NAMES = ("config.json", "adapter_config.json")
+MAX_JSON = 100_000_000  # bytes of an index or a configuration
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_FORMATS = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
 
@@ -39,14 +39,18 @@ def natural(text: str) -> list[str | tuple[int, str]]:
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor as its shard's header describes it; ``dtype`` is the header's code (``BF16``)."""
+    """A tensor as its shard's header describes it; ``dtype`` is the header's code (``BF16``).
+
+    ``begin`` is where its bytes start in the shard.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: int
+    begin: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +65,15 @@ class Shard:
     name: str
     nbytes: int
     identity: str
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes that come over the network, and bytes of disk that they take at a time, and where."""
+
+    download: int
+    disk: int
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def choose_files(
     return files, None
 
 
-HeaderOf = Callable[[str], tuple[Shard, dict[str, Any]]]
+HeaderOf = Callable[[str], tuple[Shard, Header]]
 
 
 def list_tensors(
@@ -124,8 +137,7 @@ def list_tensors(
     for number, file in enumerate(files):
         shard, header = header_of(file)
         shards.append(shard)
-        in_file_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for tensor, entry in in_file_order:
+        for tensor, entry in header.entries.items():
             if index is not None and index.get(tensor) != file:
                 if tensor in index:
                     raise HtsrError(
@@ -136,7 +148,7 @@ def list_tensors(
                 other = shards[refs[tensor].shard].name
                 raise HtsrError(f"{tensor} is both in {other} and in {file}.")
             else:
-                refs[tensor] = TensorRef(tensor, entry["dtype"], tuple(entry["shape"]), number)
+                refs[tensor] = TensorRef(tensor, entry.dtype, entry.shape, number, entry.begin)
     missing = [tensor for tensor in index or () if tensor not in refs]
     if missing:
         raise HtsrError(
@@ -146,49 +158,10 @@ def list_tensors(
     return Listing(tuple(shards), tuple(refs.values()), tuple(unindexed))
 
 
-def local_header(path: Path) -> tuple[Shard, dict[str, Any]]:
-    """A local file's validated header."""
-    _validate(path)
-    stat = path.stat()
-    _, header = read_header(path, stat.st_mtime_ns)
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    return Shard(path.name, stat.st_size, f"{stat.st_size}:{stat.st_mtime_ns}:{digest}"), header
-
-
-def _validate(path: Path) -> None:
-    """Let the safetensors library check the whole header: sizes, offsets, overlaps, ends."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            file.keys()
-    except OSError as error:
-        raise cannot("read", path, error) from error
-    except SafetensorError as error:
-        raise HtsrError(
-            f"{path} is not a whole safetensors file: {error}.", "Fetch it again."
-        ) from error
-
-
-@functools.lru_cache(maxsize=4)
-def read_header(path: Path, mtime_ns: int) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and name -> {dtype, shape, data_offsets}, of a validated file."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise cannot("read", path, error) from error
-    header.pop("__metadata__", None)
-    return 8 + length, header
-
-
-def read_config(folder: Path) -> dict[str, Any]:
+def parse_config(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, Any]:
     """``config.json`` (``adapter_config.json``) beside the weights; empty when there is none."""
-    for name in ("config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            return parse_object(read_bytes(folder / name), name)
-    return {}
+    name = next((name for name in CONFIG_NAMES if name in names), None)
+    return parse_object(read(name), name) if name else {}
 
 
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
@@ -196,7 +169,8 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise HtsrError(f"{name} is not JSON: {error}.") from None
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise HtsrError(f"{name} is not JSON: {why}.") from None
     if not isinstance(data, dict):
         raise HtsrError(f"{name} does not hold a JSON object.")
     return data

@@ -1,15 +1,12 @@
-"""One tensor at a time out of a checkpoint, mapped from its file, scales applied."""
+"""One tensor at a time out of a checkpoint, wherever its bytes are, scales applied."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import mmap
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.sources.listing import (
@@ -18,26 +15,46 @@ from htsr_alloc.sources.listing import (
     Listing,
     Shard,
     TensorRef,
-    read_header,
+    Transfer,
 )
 
 if TYPE_CHECKING:
     import torch
 
 
+class Store(Protocol):
+    """Where the bytes of shards are; used from several threads."""
+
+    @property
+    def by_shard(self) -> bool:
+        """Whether a shard's tensors should be read together, because it comes as a whole."""
+        ...
+
+    def read(self, shard: Shard, begin: int, into: memoryview) -> None:
+        """Fill ``into`` with the shard's bytes from ``begin`` on, or raise HtsrError."""
+        ...
+
+    def release(self, shard: Shard) -> None:
+        """Nothing more will be read of this shard."""
+        ...
+
+    def transfer(self, shards: Sequence[Shard], tensors: int) -> Transfer:
+        """What reading these shards, in this order, will move; ``tensors`` bytes are wanted."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Tensors in shard order, and how to get at them.
 
-    ``fetch`` turns a shard into a local path, downloading it when needed. ``revision`` is the
-    hub's commit hash, null for local files.
+    ``store`` holds the bytes. ``revision`` is the hub's commit hash, null for local files.
     """
 
     name: str
     revision: str | None
     config: dict[str, Any]
     listing: Listing
-    fetch: Callable[[Shard], Path]
+    store: Store
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
@@ -70,62 +87,46 @@ class Checkpoint:
         scales = (self._by_name.get(ref.name + suffix) for suffix in SCALE_SUFFIXES)
         return next((scale for scale in scales if scale is not None), None)
 
-    def read(self, ref: TensorRef, index: int | None = None) -> torch.Tensor:
+    def read(self, ref: TensorRef, index: int | None = None, digest: Any = None) -> torch.Tensor:
         """One tensor, or slice ``index`` of its first axis, as stored (CPU).
 
-        Float tensors without a scale are views of the mapped file: nothing is copied, and the
-        map goes when the tensor does. With a scale the product is returned, in float32.
+        With a scale the product is returned, in float32. The stored bytes, then those of the
+        whole scale, are fed to ``digest`` (a hashlib object), so that all is read once.
 
         Raises:
             HtsrError: the file cannot be read or is not what its header said, or the scale's
                 shape does not fit.
         """
-        raw = self._map(ref, index)
+        raw = self._raw(ref, index, digest)
         scale_ref = self.scale_of(ref)
         if scale_ref is None:
             return raw
-        sliced = scale_ref.shape[:1] == ref.shape[:1]  # one scale an expert
-        scale = self._map(scale_ref, index if sliced else None)
+        scale = self._raw(scale_ref, None, digest)
+        if index is not None and scale_ref.shape[:1] == ref.shape[:1]:  # one scale an expert
+            scale = scale[index]
         return _apply_scale(raw, scale, self._block_size(), ref.name)
 
-    def digest(self, ref: TensorRef, index: int | None = None) -> str:
-        """SHA-256 of the tensor's stored bytes (of its slice ``index``), and of its scale's."""
-        import torch
+    def shards_of(self, ref: TensorRef) -> set[Shard]:
+        """The files that reading ``ref`` needs."""
+        parts = (ref, self.scale_of(ref))
+        return {self.listing.shards[part.shard] for part in parts if part is not None}
 
-        digest, scale = hashlib.sha256(), self.scale_of(ref)
-        for raw in [self._map(ref, index)] + ([self._map(scale, None)] if scale else []):
-            digest.update(raw.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def _map(self, ref: TensorRef, index: int | None) -> torch.Tensor:
+    def _raw(self, ref: TensorRef, index: int | None, digest: Any) -> torch.Tensor:
         import torch
 
         if ref.dtype not in FLOAT_DTYPES:
             raise HtsrError(f"{ref.name} is of dtype {ref.dtype}, which is not read.")
         size, dtype = FLOAT_DTYPES[ref.dtype]
-        path = self.fetch(self.listing.shards[ref.shard])
-        data_start, header = read_header(path, path.stat().st_mtime_ns)
-        entry = header.get(ref.name)
-        if entry is None or (entry["dtype"], tuple(entry["shape"])) != (ref.dtype, ref.shape):
-            raise HtsrError(f"{path.name} changed while it was read: {ref.name} differs.")
-        begin, end = (data_start + offset for offset in entry["data_offsets"])
-        shape = ref.shape
+        shape, begin = ref.shape, ref.begin
         if index is not None:
             shape = shape[1:]
             begin += index * math.prod(shape) * size
-            end = begin + math.prod(shape) * size
-        if begin == end:
-            return torch.empty(shape, dtype=getattr(torch, dtype))
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        try:
-            with open(path, "rb") as file:
-                # ACCESS_COPY: torch warns about read-only buffers; no page is ever written.
-                view = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
-        except (OSError, ValueError) as error:
-            raise HtsrError(f"Cannot map {ref.name} from {path}: {error}.") from error
-        raw = torch.frombuffer(view, dtype=torch.uint8, offset=begin - page)
-        if (begin - page) % size:  # an odd file's offsets need not suit the dtype
-            raw = raw.clone()
+        raw = torch.empty(math.prod(shape) * size, dtype=torch.uint8)
+        view = raw.numpy().data
+        if len(view):
+            self.store.read(self.listing.shards[ref.shard], begin, view)
+        if digest is not None:
+            digest.update(view)
         return raw.view(getattr(torch, dtype)).reshape(shape)
 
     def _block_size(self) -> tuple[int, int] | None:

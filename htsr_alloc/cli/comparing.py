@@ -1,0 +1,121 @@
+"""Comparisons as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from htsr_alloc.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from htsr_alloc.comparison import AllocationComparison, MetricsComparison, Pair
+    from htsr_alloc.results import Result
+
+
+def to_json(
+    results: Sequence[Result],
+    names: Sequence[str],
+    found: Sequence[MetricsComparison | AllocationComparison],
+    same: Sequence[bool],
+    tolerance: float,
+    top: int,
+) -> dict[str, Any]:
+    """Everything that the tables say; ``matrices`` are the ``top`` most changed."""
+    comparisons = []
+    for name, comparison, alike in zip(names[1:], found, same, strict=True):
+        data = asdict(comparison)
+        if "matrices" in data:
+            data["matrices"] = data["matrices"][:top]
+        comparisons.append({"file": name, "same": alike, **data})
+    return {
+        "reference": names[0],
+        "tolerance": tolerance,
+        "files": [
+            {"label": name, "file": result.file.file, "sha256": result.file.sha256}
+            for name, result in zip(names, results, strict=True)
+        ],
+        "comparisons": comparisons,
+    }
+
+
+def show_metrics(
+    screen: Screen, names: Sequence[str], found: Sequence[MetricsComparison], top: int
+) -> None:
+    """Layers, then a row a file, roles, and the matrices that changed most."""
+    for name, comparison in zip(names[1:], found, strict=True):
+        for setting in comparison.settings:
+            screen.warn(f"{names[0]} and {name} differ in {setting}; values may not be comparable.")
+        if comparison.by != "layer":
+            screen.warn(
+                f"{names[0]} and {name} have different numbers of layers: compared by relative "
+                "depth, the deeper one interpolated; matrices are not paired."
+            )
+    _side_by_side(screen, "layer", names, [comparison.layers for comparison in found])
+    screen.text("\n")
+    rows = [
+        [name, c.by, c.correlation.n, c.correlation.spearman, c.correlation.kendall, c.mean_change,
+         c.largest_change, c.correlation.reason or ""]
+        for name, c in zip(names[1:], found, strict=True)
+    ]  # fmt: skip
+    columns = ["file", "by", "n", "spearman", "kendall", "mean |diff|", "largest |diff|", "note"]
+    screen.table(columns, rows, left=["file", "by", "note"])
+    screen.text("\n")
+    _side_by_side(screen, "role", names, [comparison.roles for comparison in found])
+    changed = [
+        [name, pair.name, pair.reference, pair.other, pair.difference, pair.reason or ""]
+        for name, comparison in zip(names[1:], found, strict=True)
+        for pair in comparison.matrices[:top]
+        if pair.difference or pair.reason
+    ]
+    if changed:
+        screen.text("\n")
+        columns = ["file", "most changed matrices", names[0], "here", "diff", "note"]
+        screen.table(columns, changed, left=["file", "most changed matrices", "note"])
+    for name, comparison in zip(names[1:], found, strict=True):
+        if comparison.unmatched:
+            first, more = comparison.unmatched[0], len(comparison.unmatched) - 1
+            screen.note(f"{name}: unpaired: {first}" + (f" and {more} more" if more else ""))
+
+
+def show_allocations(
+    screen: Screen, names: Sequence[str], found: Sequence[AllocationComparison]
+) -> None:
+    """Layers, then a row a file."""
+    _side_by_side(screen, "layer", names, [comparison.layers for comparison in found])
+    screen.text("\n")
+    rows = [
+        [name, c.moved, *c.budgets, len(c.top_k), c.correlation.spearman, c.correlation.kendall,
+         c.correlation.reason or ""]
+        for name, c in zip(names[1:], found, strict=True)
+    ]  # fmt: skip
+    columns = ["file", "experts moved", f"T of {names[0]}", "T", "top_k differs", "spearman",
+               "kendall", "note"]  # fmt: skip
+    screen.table(columns, rows, left=["file", "note"])
+
+
+def _side_by_side(
+    screen: Screen, what: str, names: Sequence[str], found: Sequence[Sequence[Pair]]
+) -> None:
+    """A row a thing: the reference, then each file's value and difference.
+
+    Files that were compared at other places (relative depths) get a table of their own.
+    """
+    tables: dict[tuple, list[int]] = {}
+    for i, pairs in enumerate(found):
+        tables.setdefault(tuple((pair.name, pair.reference) for pair in pairs), []).append(i)
+    for number, (references, members) in enumerate(tables.items()):
+        columns = [what, names[0]]
+        rows: list[list] = [list(reference) for reference in references]
+        notes = [""] * len(rows)
+        for i in members:
+            columns += [names[i + 1], "diff"]
+            for place, pair in enumerate(found[i]):
+                rows[place] += [pair.other, pair.difference]
+                notes[place] = notes[place] or pair.reason or ""
+        if number:
+            screen.text("\n")
+        if any(notes):
+            columns.append("note")
+            rows = [[*row, note] for row, note in zip(rows, notes, strict=True)]
+        screen.table(columns, rows, left=[what, "note"])

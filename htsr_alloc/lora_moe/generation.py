@@ -1,0 +1,80 @@
+"""EM-LoRA's one choice a prompt, over the passes of a generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import prompt
+
+if TYPE_CHECKING:
+    from htsr_alloc.lora_moe.passes import Pass
+
+
+@dataclass
+class Generation:
+    """One call of generate.
+
+    Attributes:
+        length: of its prompt, padding included; what a first pass has beyond it are candidates.
+        decisions: those of its first pass, None before.
+    """
+
+    length: int
+    decisions: dict[tuple[str, str], Tensor] | None = None
+
+
+def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
+    """S of generate's own arguments; 1 where it starts from nothing."""
+    given = [args[0] if args else kwargs.get("inputs"), kwargs.get("inputs_embeds")]
+    given.append(kwargs.get("input_ids"))
+    return next((value.shape[1] for value in given if value is not None), 1)
+
+
+def read_prompt(
+    given: dict[str, Any], mask: Any, now: Pass, before: Pass, generation: Generation | None
+) -> None:
+    """Find a pass's prompt tokens, or keep to the choice of the prompt's own pass.
+
+    Args:
+        given: the model's arguments by name; mask, its attention mask.
+        now: this pass, before: the one before it.
+
+    Raises:
+        HtsrError: the pass has a part of a prompt, several prompts in a row, or none.
+    """
+    tokens = given.get("input_ids")
+    tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens  # (B, S)
+    if generation is not None and generation.decisions is not None:
+        now.decisions = generation.decisions
+        return
+    past = given.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        if generation is not None or tokens.shape[1] > 1:
+            raise HtsrError(
+                "EM-LoRA chooses by the whole prompt, and the cache given holds a part of the text "
+                f"already, with {tokens.shape[1]} tokens to come.",
+                "Leave past_key_values out; by hand, run the prompt, then one token at a time.",
+            )
+        now.decisions = before.decisions
+        return
+    if isinstance(mask, Tensor) and mask.shape != tokens.shape:
+        raise HtsrError(
+            f"EM-LoRA needs an attention mask of the tokens' shape {tuple(tokens.shape)}, and was "
+            f"given {tuple(mask.shape)}.",
+            "Use the dynamic cache and a 2-d mask.",
+        )
+    prompt.refuse_packing(mask, given)
+    now.prompt = prompt.prompt_tokens(mask, given.get("labels"), tokens)
+    if generation is not None:
+        if tokens.shape[1] < generation.length:
+            raise HtsrError(
+                f"EM-LoRA chooses by the whole prompt of {generation.length} tokens, and generate "
+                f"ran the first {tokens.shape[1]} alone.",
+                "Generate without prefill_chunk_size.",
+            )
+        now.prompt[:, generation.length :] = False
+        generation.decisions = now.decisions
