@@ -210,6 +210,8 @@ def _units(metrics, prefixes, per_module, targets, budget) -> list[Unit]:
 
 def _scores(metrics, units, per_module, metric, scores) -> list[float]:
     if scores is not None:
+        if metric != "pl_alpha_hill":
+            raise HtsrError(f"--scores come in place of --metric {metric}.", "Give one of them.")
         if (scores.key == "module") != per_module:
             wrong = "by linears" if scores.key == "module" else "by layers"
             hint = "Add --per-module." if scores.key == "module" else "Leave --per-module out."
