@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.passes import STATE, RouterState
+from htsr_alloc.lora_moe.state import STATE, RouterState
 from htsr_alloc.lora_moe.tuner import layers_of
 
 
@@ -136,8 +136,7 @@ def _state(model: nn.Module) -> RouterState:
 
 
 def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
-    """A heat map, one row a router and one column an expert: its load times N (1 is balance).
-    """
+    """A heat map, one row a router and one column an expert: its load times N (1 is balance)."""
     from matplotlib.figure import Figure
 
     most = max(len(row.load) for row in reports)
