@@ -133,8 +133,7 @@ def _state(model: nn.Module) -> RouterState:
 
 
 def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
-    """A heat map, one row a router and one column an expert: its load times N (1 is balance).
-    """
+    """A heat map, one row a router and one column an expert: its load times N (1 is balance)."""
     from matplotlib.figure import Figure
 
     most = max(len(row.load) for row in reports)
