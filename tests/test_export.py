@@ -11,7 +11,7 @@ from conftest import llama, write_shards
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.export import Lora, to_axolotl, to_csv, to_mola, to_peft_rank
-from htsr_alloc.records import Allocation, Evidence, dumps
+from htsr_alloc.records import Allocation, Evidence, Module, dumps
 
 LINEARS = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -299,3 +299,62 @@ def test_a_metrics_file_is_no_allocation(model, invoke):
     done = invoke("export", "tiny.metrics.json", "--to", "csv")
     assert done.rc == 1
     assert "not a valid htsr.allocation file: its format is 'htsr.metrics'" in done.stderr
+
+
+# --- one count a linear ---------------------------------------------------------------------
+
+
+def by_linears(counts, names=("self_attn.q_proj", "mlp.up_proj")):
+    """An allocation whose layers have these counts, linear by linear."""
+    listed = [
+        Module(i, f"model.layers.{i}.{name}", name.rpartition(".")[2], 3.0, n + 0.25, n, min(2, n))
+        for i, row in enumerate(counts)
+        for name, n in zip(names, row, strict=True)
+    ]
+    layers = [round(sum(row) / len(row)) for row in counts]
+    return dataclasses.replace(allocation(layers), modules=tuple(listed))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_each_linear_gets_its_own_rank_and_no_other_is_targeted(named):
+    made = by_linears([[3, 1], [0, 2]])
+    lora = Lora(r=4, lora_alpha=8)
+    config = json.loads(to_peft_rank(made, lora, modules(2) if named else None))
+    every = [name for names in modules(2).values() for name in names]
+    wanted = {m.name: m.experts for m in made.modules if m.experts}
+    assert targeted(config, every) == set(wanted)
+    for name, experts in wanted.items():
+        assert rank_of(config, name) == (4 * experts, 8 * experts)
+
+
+def test_targets_choose_among_the_listed_linears():
+    made = by_linears([[3, 1], [1, 2]])
+    config = json.loads(to_peft_rank(made, Lora(target_modules=("up_proj",))))
+    assert config["target_modules"] == [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    with pytest.raises(HtsrError, match="lists no v_proj"):
+        to_peft_rank(made, Lora(target_modules=("v_proj",)))
+
+
+def test_a_listed_linear_that_the_model_lacks_is_refused():
+    made = by_linears([[3, 1], [1, 2]], names=("self_attn.q_proj", "mlp.w1"))
+    with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is no linear"):
+        to_peft_rank(made, Lora(), modules(2))
+
+
+def test_mola_has_no_words_for_linears():
+    with pytest.raises(HtsrError, match="one count a layer, and this allocation one a linear"):
+        to_mola(by_linears([[3, 1]]), Lora())
+
+
+def test_axolotl_goes_by_the_adapter_folder():
+    """Equal layers with unequal linears still need ranks of their own."""
+    assert "lora_model_dir" in yaml.safe_load(to_axolotl(by_linears([[3, 1], [1, 3]]), Lora()))
+    assert "lora_model_dir" in yaml.safe_load(to_axolotl(by_linears([[2, 2], [2, 2]]), Lora()))
+
+
+def test_csv_has_a_row_a_linear():
+    made = by_linears([[3, 1], [0, 2]])
+    rows = list(csv.DictReader(io.StringIO(to_csv(made))))
+    assert [(r["module"], r["role"], int(r["experts"]), int(r["top_k"])) for r in rows] == [
+        (m.name, m.role, m.experts, m.top_k) for m in made.modules
+    ]

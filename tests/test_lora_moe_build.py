@@ -18,7 +18,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
 from htsr_alloc.lora_moe.build import control, describe, resolve_layers
 from htsr_alloc.lora_moe.tuner import layers_of
-from htsr_alloc.records import Evidence, dumps
+from htsr_alloc.records import Evidence, Module, dumps
 
 
 def given(*experts, prefix="model.layers", top_k=2):
@@ -127,6 +127,85 @@ def test_two_stacks_and_conv1d():
     ],
 )
 def test_what_does_not_fit_is_refused(allocation, config, sentence):
+    with pytest.raises(HtsrError, match=sentence):
+        build(tiny.llama(), allocation, **config)
+
+
+def by_linears(counts, prefix="model.layers"):
+    """An allocation of {linear: experts} a layer."""
+    listed = [
+        Module(i, f"{prefix}.{i}.{name}", name.rpartition(".")[2], 3.0, float(n), n, min(2, n))
+        for i, row in enumerate(counts)
+        for name, n in row.items()
+    ]
+    layers = [round(sum(row.values()) / len(row)) for row in counts]
+    return dataclasses.replace(given(*layers, prefix=prefix), modules=tuple(listed))
+
+
+COUNTS = [{"self_attn.q_proj": 3, "mlp.up_proj": 1}, {"self_attn.q_proj": 0, "mlp.up_proj": 4}]
+
+
+@pytest.mark.parametrize("prefix", ["model.layers", "layers"])
+def test_each_linear_gets_its_own_experts(prefix):
+    """Also where the checkpoint has shorter names than the model."""
+    model = build(tiny.llama(), by_linears(COUNTS, prefix), r=2)
+    found = {layer.name: layer.mixture["default"] for layer in layers_of(model)}
+    assert {name: (how.experts, how.top_k) for name, how in found.items()} == {
+        "model.layers.0.self_attn.q_proj": (3, 2),
+        "model.layers.0.mlp.up_proj": (1, 1),
+        "model.layers.1.mlp.up_proj": (4, 2),
+    }
+    rows = describe(model, ["model.layers.0", "model.layers.1"])
+    assert [(row.fewest, row.experts, row.modules) for row in rows] == [(1, 3, 2), (4, 4, 1)]
+    assert model(tiny.tokens()).logits.isfinite().all()
+
+
+def test_linears_have_their_own_top_k_and_can_be_chosen_among():
+    made = by_linears(COUNTS)
+    modules = list(made.modules)
+    modules[3] = dataclasses.replace(modules[3], top_k=1)
+    made = dataclasses.replace(made, modules=tuple(modules))
+    model = build(tiny.llama(), made, r=2, target_modules=["up_proj"])
+    assert {m.name: m.mixture["default"].top_k for m in layers_of(model)} == {
+        "model.layers.0.mlp.up_proj": 1,
+        "model.layers.1.mlp.up_proj": 1,
+    }
+    built = build(tiny.llama(), made, r=2)
+    assert [m.mixture["default"].top_k for m in layers_of(built)] == [2, 1, 1]
+
+
+def test_an_adapter_of_linears_is_saved_and_loaded(tmp_path):
+    model = build(tiny.llama(), by_linears(COUNTS), r=2).eval()
+    tiny.move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path / "adapter").eval()
+    assert torch.equal(model(tiny.tokens()).logits, again(tiny.tokens()).logits)
+
+
+def test_the_control_of_linears():
+    made = by_linears(COUNTS)
+    config = json.loads(control(tiny.llama(), made, r=2))
+    config.pop("peft_type")
+    plain = get_peft_model(tiny.llama(), LoraConfig(**config))
+    built = build(tiny.llama(), made, r=2)
+    routers = sum(
+        m.lora_moe_router["default"].numel() for m in layers_of(built) if m.lora_moe_router
+    )
+    assert plain.get_nb_trainable_parameters()[0] == (
+        built.get_nb_trainable_parameters()[0] - routers
+    )
+
+
+@pytest.mark.parametrize(
+    ("allocation", "config", "sentence"),
+    [
+        (by_linears([{"mlp.w1": 2}, {"mlp.w1": 2}]), {}, r"mlp\.w1, which is no linear"),
+        (by_linears(COUNTS), {"target_modules": ["v_proj"]}, "no linear v_proj"),
+        (by_linears([{"mlp.up_proj": 0}, {"mlp.up_proj": 0}]), {}, "No layer has an expert"),
+        (dataclasses.replace(by_linears(COUNTS), evidence=()), {}, "layer 0, which has no block"),
+    ],
+)
+def test_listed_linears_that_do_not_fit_are_refused(allocation, config, sentence):
     with pytest.raises(HtsrError, match=sentence):
         build(tiny.llama(), allocation, **config)
 

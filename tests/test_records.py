@@ -18,6 +18,8 @@ from htsr_alloc.records import (
     Matrix,
     Metrics,
     Model,
+    Module,
+    Parameters,
     Settings,
     Skipped,
     Strategy,
@@ -81,6 +83,25 @@ ALLOCATION = Allocation(
         Evidence(i, f"model.layers.{i}", 3.25, 2.5, experts) for i, experts in enumerate((2, 3))
     ),
 )
+# Every key that was added within version 1.
+WHOLE = dataclasses.replace(
+    ALLOCATION,
+    model=dataclasses.replace(MODEL, parameters=1000),
+    strategy=dataclasses.replace(
+        ALLOCATION.strategy,
+        spread=3.0,
+        farms=Farms(),
+        scores=File("scores.csv", "01" * 32),
+        pool="role",
+        targets=("q_proj",),
+    ),
+    modules=tuple(
+        Module(i, f"model.layers.{i}.self_attn.q_proj", "q_proj", 3.25, 2.5, experts, 2)
+        for i, experts in enumerate((2, 3))
+    ),
+    parameters=Parameters(900, 880, 8, 0.9),
+)
+RECORDS = [METRICS, ALLOCATION, WHOLE]
 
 
 def schema(kind: type) -> dict:
@@ -107,7 +128,7 @@ def every_path(data, path=()):
         yield from every_path(value, (*path, key))
 
 
-@pytest.mark.parametrize("record", [METRICS, ALLOCATION], ids=["metrics", "allocation"])
+@pytest.mark.parametrize("record", RECORDS, ids=["metrics", "allocation", "whole"])
 def test_round_trip(record):
     text = dumps(record)
     assert loads(type(record), text, "x.json") == record
@@ -121,7 +142,7 @@ def test_a_trainer_needs_only_experts_and_top_k():
     assert accepts(Allocation, minimal) == (True, True)
 
 
-@pytest.mark.parametrize("record", [METRICS, ALLOCATION], ids=["metrics", "allocation"])
+@pytest.mark.parametrize("record", RECORDS, ids=["metrics", "allocation", "whole"])
 def test_loader_and_schema_refuse_the_same_damage(record):
     """Every place of the document, wrong in turn: another type, an extra key, a missing one."""
     kind, whole = type(record), json.loads(dumps(record))
@@ -178,6 +199,39 @@ def test_a_wrong_allocation_is_refused_with_the_place(change, sentence):
     data = json.loads(dumps(ALLOCATION)) | change
     with pytest.raises(HtsrError, match=sentence):
         loads(Allocation, json.dumps(data), "x.json")
+
+
+def listed(*changes: dict) -> dict:
+    """WHOLE's modules, changed one by one."""
+    modules = json.loads(dumps(WHOLE))["modules"]
+    return {"modules": [row | change for row, change in zip(modules, changes, strict=True)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (listed({"layer": 2}, {}), r"modules\[0\].layer: 2 is not among the layers"),
+        (listed({}, {"experts": -1}), r"modules\[1\].experts: a negative count"),
+        (listed({"top_k": 3}, {}), r"modules\[0\].top_k: 3 does not fit 2 experts"),
+        (listed({}, {"name": "model.layers.0.self_attn.q_proj"}), "a linear is listed twice"),
+        (listed({}, {"experts": 5}), "layer 1 has 5 experts a linear, and experts says 3"),
+        ({"strategy": {"name": "x", "scores": {"file": "/a", "sha256": ""}}}, "bare file name"),
+    ],
+)
+def test_linears_that_contradict_their_layers_are_refused(change, sentence):
+    with pytest.raises(HtsrError, match=sentence):
+        loads(Allocation, json.dumps(json.loads(dumps(WHOLE)) | change), "x.json")
+
+
+def test_what_came_later_is_written_only_where_it_is_used():
+    """A reader of the first version 1 takes every file that does without."""
+    first = json.loads(dumps(ALLOCATION))
+    later = json.loads(dumps(WHOLE))
+    assert set(later) - set(first) == {"modules", "parameters"}
+    assert set(later["strategy"]) - set(first["strategy"]) == {
+        "spread", "farms", "scores", "pool", "targets",
+    }  # fmt: skip
+    assert set(later["model"]) - set(first["model"]) == {"parameters"}
 
 
 @pytest.mark.parametrize(

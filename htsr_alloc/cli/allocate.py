@@ -91,7 +91,7 @@ def allocate(
     loaded, source, stem = None, None, strategy
     given = allocation.read_scores(scores, column) if scores is not None else None
     needs_no_metrics = strategy in ("uniform", "mola", "explicit") and (layers or experts)
-    if metrics is None and given is not None and given.key != "module" and not params:
+    if given is not None and given.key != "module" and params is None and target_share is None:
         needs_no_metrics, stem = True, given.source.file.rpartition(".")[0]
     if metrics is None and not needs_no_metrics:
         metrics = newest_metrics()

@@ -29,7 +29,8 @@ def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
     for module in allocation.modules:
         block = rows[module.layer].prefix
         if block is None or not module.name.startswith(block + "."):
-            raise HtsrError(f"The allocation lists {module.name} in layer {module.layer}: {block}.")
+            place = "which has no block" if block is None else f"whose block is {block}"
+            raise HtsrError(f"The allocation lists {module.name} in layer {module.layer}, {place}.")
         name = prefixes[module.layer] + module.name.removeprefix(block)
         modules.append(replace(module, name=name))
     evidence = (replace(row, prefix=name) for row, name in zip(rows, prefixes, strict=True))
