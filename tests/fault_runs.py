@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import environment, write_shards
+from conftest import drop_the_right_to_ignore_permissions, environment, write_shards
 
 Fault = Callable[["Bench"], None]
 FAULTS: dict[str, Fault] = {}
@@ -254,10 +254,10 @@ def _(bench: Bench) -> None:
 
 @fault("a folder that cannot be written to")
 def _(bench: Bench) -> None:
-    patch = "import ctypes; [ctypes.CDLL(None).prctl(24, c, 0, 0, 0) for c in (1, 2)]"
     bench.out.chmod(0o555)
     try:
-        bench.end(bench.start(patch), 1, "Permission denied")
+        process = bench.start(preexec_fn=drop_the_right_to_ignore_permissions)
+        bench.end(process, 1, "Permission denied")
     finally:
         bench.out.chmod(0o755)
     bench.finish()
