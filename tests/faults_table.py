@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bad_inputs import BAD, ODD
+import bad_json  # noqa: F401 - adds to BAD
+from bad_inputs import BAD
 from conftest import environment
 from fault_runs import FAULTS, Bench, kill_repeatedly
 from fuzz import targets
 from hubs import client, facts, model_files, serving
 from hypothesis import HealthCheck, given, settings
+from odd_inputs import ODD
 from test_stream import GAUNTLET, WAYS
 
 
