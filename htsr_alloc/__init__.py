@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from htsr_alloc.checkpoint import open_checkpoint
     from htsr_alloc.errors import HtsrError
     from htsr_alloc.estimators import fit
+    from htsr_alloc.plots import plot
     from htsr_alloc.records import Allocation, Farms, Metrics, Settings, dumps, loads
     from htsr_alloc.watching import Watched, watch
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "allocate": "allocation",
     "Bounds": "allocation",
     "read_scores": "allocation",
+    "plot": "plots",
     "watch": "watching",
     "Watched": "watching",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "fit",
     "loads",
     "open_checkpoint",
+    "plot",
     "read_scores",
     "watch",
 ]
