@@ -50,6 +50,7 @@ def folder(tmp_path, monkeypatch, checkpoint) -> Path:
         ROOT / "data" / "smollm2.allocation.json", tmp_path / "Llama-2-7b-hf.allocation.json"
     )
     (tmp_path / "minilm").symlink_to(checkpoint("minilm"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(checkpoint("minilm"))
     (tmp_path / "bin").mkdir()

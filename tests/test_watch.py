@@ -156,13 +156,12 @@ def test_each_expert_of_a_mixture(system, monkeypatch):
         layer = model.get_submodule(f"base_model.model.{row.module}")
         weight = layer.base_layer.weight.detach()
 
-        def one(self, x, adapter, chosen=row.expert):
-            how = self.mixture[adapter]
-            gate = torch.zeros(*x.shape[:-1], how.experts, dtype=x.dtype)
+        def one(self, logits, x, adapter, chosen=row.expert):
+            gate = torch.zeros_like(logits)
             gate[..., chosen] = 1
-            return Routing(weights=gate, probs=gate, chosen=gate > 0)
+            return Routing(gate, logits, logits.masked_fill(gate == 0, -torch.inf))
 
-        monkeypatch.setattr(LoraMoeLinear, "route", one)
+        monkeypatch.setattr(LoraMoeLinear, "_gate", one)
         with torch.no_grad():
             whole = layer(torch.eye(layer.in_features, dtype=torch.float64)).T
         residual = 0

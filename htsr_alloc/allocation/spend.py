@@ -90,7 +90,8 @@ def _closest(steps: Sequence[int], gap: int) -> list[bool]:
     """Which steps to take so that their sum is the largest not above ``gap``.
 
     Of several choices the lexicographically first, True before False. Subset sums are bits of an
-    integer, in units of the steps' common divisor.
+    integer, in units of the steps' common divisor: half a second for the 560 linears of an 80-layer
+    model, whose widths share a power of two.
     """
     unit = math.gcd(*steps) or 1
     room = min(gap, sum(steps)) // unit
