@@ -14,11 +14,13 @@ from htsr_alloc import __version__
 from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
+from htsr_alloc.cli.evaluate import evaluate
 from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.study import study
+from htsr_alloc.cli.train import train
 
 app = typer.Typer(
     name="htsr",
@@ -28,7 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for command in (inspect, analyze, fit, allocate, export, build, study):  # the order of --help
+COMMANDS = (inspect, analyze, fit, allocate, export, build, train, evaluate, study)
+for command in COMMANDS:  # the order of --help
     app.command()(ends_well(command))
 
 

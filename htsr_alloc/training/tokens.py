@@ -35,6 +35,8 @@ def open_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():  # else it would be looked for on the hub
+        raise HtsrError(f"There is no folder {folder}.", "Give a model's folder.")
     ggufs = sorted(folder.glob("*.gguf"))
     inside = {}
     if len(ggufs) == 1 and not any((folder / name).is_file() for name in TOKENIZER_FILES):
