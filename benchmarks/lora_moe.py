@@ -1,12 +1,13 @@
 """The LoRA-MoE layer against a loop over experts and against plain LoRA of rank N r, in one run.
 
-    python benchmarks/lora_moe.py [--d 4096] [--tokens 512 2048] [--experts 2 5 8 10] [--rounds 21]
+    python benchmarks/lora_moe.py [--tokens 512 2048 1] [--experts 2 5 8 10] [--rounds 21]
 
 Peers: ``loop`` is the MoLA way, for each expert the tokens that chose it, added up by index;
-``lora`` is PEFT's own LoRA layer of rank N r. Forward and backward from a dense gradient, then one
-token without gradients (decode). ``adapter`` has a frozen linear that costs nothing on all sides,
-``layer`` the real one. Every round runs the three in turn; times are medians over rounds and
-ratios medians of each round's ratio. Memory is what autograd keeps, parameters left out.
+``lora`` is PEFT's own LoRA layer of rank N r. Forward and backward from a dense gradient, then
+decoding without gradients, one token after the other. ``adapter`` has a frozen linear that costs
+nothing on all sides, ``layer`` the real one. Every round runs the three in turn; times are medians
+over rounds and ratios medians of each round's ratio. Memory is what autograd keeps, parameters
+left out.
 """
 
 import argparse
@@ -78,19 +79,24 @@ def layers(d, n, whole, device):
     return found
 
 
+TOKENS = 50  # decoded one after the other in a round
+
+
 def seconds(layer, x, grad):
-    """Of one forward pass, and the backward pass where a gradient is given."""
+    """Of one forward and backward pass; without a gradient, of one of TOKENS forward passes."""
     x.grad = None
     layer.zero_grad()
     if x.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    out = layer(x)
     if grad is not None:
-        out.backward(grad)
+        layer(x).backward(grad)
+    else:
+        for _ in range(TOKENS):
+            layer(x)
     if x.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / (1 if grad is not None else TOKENS)
 
 
 def kept(layer, x):
@@ -128,7 +134,7 @@ def compare(found, x, grad, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 1])
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 5, 8, 10])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--parts", nargs="+", default=["adapter", "layer"])
@@ -143,16 +149,15 @@ def main():
     for part in arguments.parts:
         for n in arguments.experts:
             found = layers(arguments.d, n, part == "layer", arguments.device)
-            for tokens in [*arguments.tokens, 1]:
+            for tokens in arguments.tokens:
                 x = torch.randn(tokens, arguments.d, device=arguments.device)
                 train = tokens > 1
                 grad = torch.randn_like(x) if train else None
                 for layer in found.values():
                     layer.train(train)
                 x.requires_grad_(train)
-                rounds = arguments.rounds if train else 20 * arguments.rounds
                 with torch.set_grad_enabled(train):
-                    measured = compare(found, x, grad, rounds)
+                    measured = compare(found, x, grad, arguments.rounds)
                     memory = [kept(found[name], x) for name in ("ours", "loop", "lora")]
                 row = [part, tokens, n, *(f"{m:.2f}" for m in measured)]
                 row += [f"{m:.1f}" for m in memory]

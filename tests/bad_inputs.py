@@ -1,8 +1,7 @@
-"""Checkpoints and JSON files as a careless or hostile stranger would make them.
+"""Checkpoints as a careless or hostile stranger would make them.
 
 Each entry of ``BAD`` writes one into a folder and returns the command's arguments; the command must
-end with exit code 1, one sentence, no traceback. Each of ``ODD`` is strange but readable: exit code
-0, and what it says instead.
+end with exit code 1, one sentence, no traceback. ``bad_json`` adds metrics and allocations.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 Build = Callable[[Path], list[object]]
 BAD: dict[str, Build] = {}
-ODD: dict[str, tuple[Build, str]] = {}
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 NAME = "h.0.a.weight"
 
@@ -23,14 +21,6 @@ NAME = "h.0.a.weight"
 def bad(name: str) -> Callable[[Build], Build]:
     def add(build: Build) -> Build:
         BAD[name] = build
-        return build
-
-    return add
-
-
-def odd(name: str, said: str) -> Callable[[Build], Build]:
-    def add(build: Build) -> Build:
-        ODD[name] = (build, said)
         return build
 
     return add
@@ -293,137 +283,3 @@ def _(folder: Path) -> list[object]:
     raw(folder / "model.safetensors", text, b"")
     os.truncate(folder / "model.safetensors", 8 + len(text) + 4 * side * side)
     return ["analyze", folder]
-
-
-# --- metrics and allocations ----------------------------------------------------------------
-
-
-def bad_json(name: str, text: bytes) -> None:
-    def metrics(folder: Path) -> list[object]:
-        (folder / "x.metrics.json").write_bytes(text)
-        return ["allocate", folder / "x.metrics.json", "--T", 4]
-
-    def allocation(folder: Path) -> list[object]:
-        (folder / "x.json").write_bytes(text)
-        return ["export", folder / "x.json", "--to", "mola"]
-
-    BAD[f"metrics: {name}"], BAD[f"allocation: {name}"] = metrics, allocation
-
-
-START = b'{"format": "htsr.allocation", "version": 1, "budget": '
-bad_json("empty", b"")
-bad_json("not JSON", b"{,}")
-bad_json("not UTF-8", b"\xff\xfe\xfd")
-bad_json("a list a million deep", b"[" * 1_000_000)
-bad_json("objects a million deep", b'{"a":' * 1_000_000)
-bad_json("a number of a million digits", START + b"1" + b"0" * 1_000_000 + b"}")
-bad_json("a number of 4299 digits", START + b"9" * 4299 + b', "experts": [1], "top_k": [1]}')
-bad_json("NaN", START + b"NaN}")
-bad_json("Infinity", START + b"-Infinity}")
-bad_json("1e999", START + b"1e999}")
-bad_json("a key twice", b'{"format": "htsr.allocation", "format": "htsr.metrics"}')
-bad_json("a million keys, the last twice", b'{"a": %b, "a": 1}' % (b"[" + b"0," * 10**6 + b"0]"))
-bad_json("a newer version", b'{"format": "htsr.metrics", "version": 99}')
-bad_json("another format", b'{"format": "%b", "version": 1}' % ESCAPE.encode("unicode_escape"))
-bad_json("no version", b'{"format": "htsr.metrics"}')
-bad_json("nothing in it", b'{"format": "htsr.metrics", "version": 1}')
-bad_json("escapes in a key", b'{"format": "htsr.metrics", "version": 1, "\\u001b[2J": 1}')
-
-
-@bad("metrics: an endless device")
-def _(folder: Path) -> list[object]:
-    return ["allocate", "/dev/zero", "--T", 4]
-
-
-@bad("metrics: a folder")
-def _(folder: Path) -> list[object]:
-    return ["allocate", folder, "--T", 4]
-
-
-@bad("journal: somebody else's file")
-def _(folder: Path) -> list[object]:
-    good(folder / "model.safetensors")
-    (folder / "x.journal").write_text("Dear diary\n")
-    return ["analyze", folder, "-o", folder / "x.json"]
-
-
-# --- strange, but readable ------------------------------------------------------------------
-
-
-def matrix(folder: Path, values: Any, name: str = "h.0.a.weight") -> list[object]:
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(0)
-    tensors = {"h.1.a.weight": torch.randn(64, 64, generator=generator), name: values}
-    save_file(tensors, folder / "model.safetensors")
-    return ["analyze", folder, "-q", "-o", folder / "x.json"]
-
-
-def odd_matrix(name: str, said: str, make: Callable[[Any], Any]) -> None:
-    def build(folder: Path) -> list[object]:
-        import torch
-
-        return matrix(folder, make(torch))
-
-    ODD[f"matrix: {name}"] = (build, said)
-
-
-odd_matrix("NaN", "holds NaN", lambda t: t.full((64, 64), float("nan")))
-odd_matrix("one NaN", "holds NaN", lambda t: t.eye(64).index_fill(0, t.tensor([3]), float("nan")))
-odd_matrix("Inf", "holds Inf", lambda t: t.full((64, 64), float("inf"), dtype=t.bfloat16))
-odd_matrix("minus Inf", "holds Inf", lambda t: t.full((64, 64), float("-inf"), dtype=t.float16))
-odd_matrix("all zero", "all weights are zero", lambda t: t.zeros(64, 64))
-odd_matrix("constant", "only 1 eigenvalues", lambda t: t.full((64, 64), 0.25))
-odd_matrix("identity", "all eigenvalues are equal", lambda t: t.eye(64))
-odd_matrix("subnormal float32", "", lambda t: t.full((64, 64), 1e-44))
-odd_matrix("subnormal float64", "out of float64", lambda t: t.eye(64, dtype=t.float64) * 1e-310)
-odd_matrix("largest float64", "out of float64", lambda t: t.eye(64, dtype=t.float64) * 1e308)
-odd_matrix("empty", "the matrix is empty", lambda t: t.zeros(0, 64))
-odd_matrix("one row", "only 1 eigenvalues", lambda t: t.ones(1, 64))
-odd_matrix("one element", "only 1 eigenvalues", lambda t: t.ones(1, 1))
-odd_matrix("0-d", "", lambda t: t.tensor(1.0))
-odd_matrix("1-d", "", lambda t: t.ones(64))
-odd_matrix("4-d", "", lambda t: t.ones(2, 2, 2, 2))
-odd_matrix("float8", "", lambda t: t.eye(64).to(t.float8_e4m3fn))
-
-
-@odd("names: terminal escapes", "")
-def _(folder: Path) -> list[object]:
-    import torch
-
-    return matrix(folder, torch.zeros(64, 64), f"h.0.{ESCAPE}.weight")
-
-
-@odd("names: a lone surrogate escape", "")
-def _(folder: Path) -> list[object]:
-    weights(folder / "model.safetensors", {"h.0.\ud800.weight": entry()})
-    return ["inspect", folder]
-
-
-@odd("names: a path", "")
-def _(folder: Path) -> list[object]:
-    import torch
-
-    return matrix(folder, torch.eye(64), "../../h.0.a.weight")
-
-
-@odd("files: links into another folder, as caches have", "")
-def _(folder: Path) -> list[object]:
-    (folder / "blobs").mkdir()
-    good(folder / "blobs" / "0123")
-    (folder / "model").mkdir()
-    (folder / "model" / "model.safetensors").symlink_to("../blobs/0123")
-    return ["inspect", folder / "model"]
-
-
-@odd("files: dated in the future", "")
-def _(folder: Path) -> list[object]:
-    os.utime(good(folder / "model.safetensors"), (2**33, 2**33))
-    return ["inspect", folder]
-
-
-@odd("files: dated before 1970", "")
-def _(folder: Path) -> list[object]:
-    os.utime(good(folder / "model.safetensors"), (-(2**30), -(2**30)))
-    return ["inspect", folder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -34,6 +35,13 @@ def environment(**changes: str) -> dict[str, str]:
         if not name.startswith(("HF_", "HTSR_", "HUGGING", "COLUMNS", "FORCE_COLOR", "NO_COLOR"))
     }
     return {**kept, "HF_HUB_OFFLINE": "1", **changes}
+
+
+def drop_the_right_to_ignore_permissions() -> None:
+    """In a child that is root: obey file modes as everybody must (PR_CAPBSET_DROP)."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)
 
 
 @pytest.fixture

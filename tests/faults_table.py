@@ -12,18 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bad_inputs import BAD, ODD
+import bad_json  # noqa: F401 - adds to BAD
+from bad_inputs import BAD
 from conftest import environment
 from fault_runs import FAULTS, Bench, kill_repeatedly
 from fuzz import targets
 from hubs import client, facts, model_files, serving
 from hypothesis import HealthCheck, given, settings
+from odd_inputs import ODD
 from test_stream import GAUNTLET, WAYS
 
 
@@ -126,18 +128,22 @@ def commands(folder: Path, builds: dict[str, Any], code: int, what: str) -> Row:
     return row
 
 
+def counting(row: Row, function: Callable[[bytes], bool]) -> Callable[[bytes], None]:
+    def feed(data: bytes) -> None:
+        row.tried += 1
+        function(data)
+        row.good += 1
+
+    return feed
+
+
 def fuzzing(examples: int) -> Iterator[Row]:
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     for name, (strategy, function) in targets().items():
         row = Row(f"fuzzed: {name}")
-
-        def feed(data: bytes, row: Row = row, function: Any = function) -> None:
-            row.tried += 1
-            function(data)
-            row.good += 1
-
+        feed = given(strategy)(counting(row, function))
         try:
-            settings(max_examples=examples, derandomize=True, **options)(given(strategy)(feed))()
+            settings(max_examples=examples, derandomize=True, **options)(feed)()
         except Exception as error:
             row.tracebacks += 1
             row.failed(row.what, error)

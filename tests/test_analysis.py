@@ -1,5 +1,4 @@
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import itertools
@@ -15,7 +14,13 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, llama, write_shards
+from conftest import (
+    ROOT,
+    drop_the_right_to_ignore_permissions,
+    environment,
+    llama,
+    write_shards,
+)
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -558,13 +563,6 @@ def test_memory_does_not_grow_with_the_number_of_2048_matrices(tmp_path, count):
 
 
 # --- where it cannot write ------------------------------------------------------------------
-
-
-def drop_the_right_to_ignore_permissions():
-    """In a child that is root: obey file modes as everybody must (PR_CAPBSET_DROP)."""
-    libc = ctypes.CDLL(None)
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        libc.prctl(24, capability, 0, 0, 0)
 
 
 def test_a_read_only_folder_is_a_sentence(model, tmp_path, run):

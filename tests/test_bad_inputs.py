@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 
+import bad_json  # noqa: F401 - adds to BAD
 import pytest
-from bad_inputs import BAD, ESCAPE, ODD
+from bad_inputs import BAD, ESCAPE
 from conftest import environment
 from hubs import sentence
+from odd_inputs import ODD
 
 SECONDS, MEMORY = 30, 3 << 30
 

@@ -281,3 +281,19 @@ def test_a_shard_whose_data_does_not_fit_its_header_is_refused(own_hub, tmp_path
     text = sentence(client(own_hub.url, tmp_path, "analyze", "org/tiny"))
     assert "is not a whole safetensors file" in text
     assert own_hub.downloads() == []
+
+
+def test_a_shard_that_is_damaged_in_the_cache_is_refetched_online_and_kept_offline(fresh, tmp_path):
+    assert client(fresh.url, tmp_path, "analyze", "org/tiny", "-q").rc == 0
+    (snapshot,) = (tmp_path / "hf").rglob(FILES[2])
+    blob = snapshot.resolve()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1])
+    offline = ["analyze", "org/tiny", "--offline", "-q", "-o", "x.json"]
+    assert "in the local cache" in sentence(client(NOWHERE, tmp_path, *offline))
+    assert blob.exists()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    online = ["analyze", "org/tiny", "-q", "-o", "x.json", "--restart"]
+    assert "SHA-256" in sentence(client(fresh.url, tmp_path, *online))
+    assert client(fresh.url, tmp_path, *online).rc == 0
+    assert blob.read_bytes() == data

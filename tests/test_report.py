@@ -17,9 +17,9 @@ from conftest import ROOT
 from records_made import deep_table, made_allocation, made_metrics, renamed
 
 from htsr_alloc.records import Allocation, File, Metrics, dumps, loads
-from htsr_alloc.report import report
-from htsr_alloc.report.cautions import cautions
-from htsr_alloc.report.citing import references
+from htsr_alloc.reports import report
+from htsr_alloc.reports.cautions import cautions
+from htsr_alloc.reports.citing import references
 from htsr_alloc.results import read_result
 
 DATA = ROOT / "data"
@@ -153,7 +153,9 @@ def test_a_real_models_report(name):
     assert metrics.model.weights_sha256 in made
     assert f"{metrics.tool.name} {metrics.tool.version}" in made
     ties = sum(m.peak_gap == 0 for m in metrics.matrices)
-    assert f"On {ties} of {len(metrics.matrices)} matrices two bins" in page.said("li")
+    assert f"two fullest bins in the histogram: {ties} of {len(metrics.matrices)}." in page.said(
+        "li"
+    )
     assert all(item.tensor in page.said("li") for item in metrics.skipped)
     assert "10.18653" not in made
     assert "qing2024alphalora" in page.said("pre")
@@ -189,20 +191,20 @@ def test_every_caution(tmp_path):
     table = deep_table(3)
     table[0, 1], table[2] = np.nan, np.nan
     said = cautions_of(tmp_path, made_metrics(table))
-    assert "8 of 21 matrices have no fit." in said
+    assert "Matrices without a fit: 8 of 21." in said
     assert "model.layers.0.k_proj.weight: all eigenvalues are equal" in said
-    assert "1 layers' values are means over the matrices that could be fitted." in said
-    assert "1 layers have no PL_Alpha_Hill." in said
-    assert "1 of 21 fits are to be read with care." in cautions_of(
+    assert "Layers whose value is the mean of a part of their matrices: 1." in said
+    assert "Layers without PL_Alpha_Hill: 1." in said
+    assert "Fits to be read with care: 1 of 21." in cautions_of(
         tmp_path, with_matrices(metrics, status="marked", reason="only 12 eigenvalues")
     )
-    assert "On 1 of 21 matrices two bins" in cautions_of(
+    assert "two fullest bins in the histogram: 1 of 21." in cautions_of(
         tmp_path, with_matrices(metrics, peak_gap=0)
     )
-    assert "float32 could not be certain" in cautions_of(
+    assert "float32 was not certain to keep the histogram's peak: 1 of 21." in cautions_of(
         tmp_path, with_matrices(metrics, engine="float64 Gram, two stages (float32 not certain)")
     )
-    assert "float32 accuracy" in cautions_of(
+    assert "float32 accuracy (engine fast), unguarded: 1 of 21." in cautions_of(
         tmp_path, with_matrices(metrics, engine="float32 band")
     )
     assert "The source is quantised (F8_E4M3)" in cautions_of(
@@ -214,7 +216,7 @@ def test_every_caution(tmp_path):
     assert "only *mlp*" in said
     median = dataclasses.replace(metrics.settings, estimator="median")
     tied = dataclasses.replace(with_matrices(metrics, peak_gap=0), settings=median)
-    assert "two bins" not in cautions_of(tmp_path, tied)
+    assert "two fullest bins" not in cautions_of(tmp_path, tied)
 
 
 def test_nothing_to_say_is_said(tmp_path):

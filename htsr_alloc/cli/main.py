@@ -15,12 +15,15 @@ from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
 from htsr_alloc.cli.compare import compare
+from htsr_alloc.cli.evaluate import evaluate
 from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well, exit_at_once, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.plot import plot
 from htsr_alloc.cli.report import report
+from htsr_alloc.cli.study import study
+from htsr_alloc.cli.train import train
 
 app = typer.Typer(
     name="htsr",
@@ -30,7 +33,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-COMMANDS = (inspect, analyze, fit, allocate, plot, report, compare, export, build)
+COMMANDS = (
+    inspect,
+    analyze,
+    fit,
+    allocate,
+    plot,
+    report,
+    compare,
+    export,
+    build,
+    train,
+    evaluate,
+    study,
+)
 for command in COMMANDS:  # the order of --help
     app.command()(ends_well(command))
 

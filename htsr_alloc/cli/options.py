@@ -31,3 +31,7 @@ OutFile = Annotated[
     Optional[Path], typer.Option("--output", "-o", help="Where to write; - is stdout.")
 ]
 ESTIMATOR_HELP = "official, paper, band, median or ks."
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is computed in.")
+]

@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Write one HTML page with tables, figures, provenance and cautions; it opens offline."""
     from htsr_alloc import files as writing
-    from htsr_alloc.report import report as make
+    from htsr_alloc.reports import report as make
 
     page = make(*files, notes=note or ())
     screen = Screen(quiet=quiet)

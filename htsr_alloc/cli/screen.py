@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,29 @@ class Screen:
         if error.hint:
             self._err.print(Text(f"hint: {clean(error.hint)}"))
 
+    @property
+    def watched(self) -> bool:
+        """Whether progress is shown: stderr is a terminal, and -q was not given."""
+        return not self.quiet and self._err.is_terminal
+
+    @contextlib.contextmanager
+    def counting(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over ``total`` things, moved by telling it how many are done."""
+        if not self.watched:
+            yield lambda done: None
+            return
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+
     def progress(self, stream: Iterable, layer_map: Any) -> Iterator:
         """Pass a stream of (matrix, resumed) on while a bar shows it, on a terminal only.
 
         The bar moves by cost, not by count, so that the time it foretells holds for matrices
         of unequal size.
         """
-        if self.quiet or not self._err.is_terminal:
+        if not self.watched:
             yield from stream
             return
         total = sum(flops(matrix) for matrix in layer_map.matrices)

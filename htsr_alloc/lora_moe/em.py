@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, init, prompt
 from htsr_alloc.lora_moe.config import LoraMoeConfig
-from htsr_alloc.lora_moe.generation import Generation, prompt_length
+from htsr_alloc.lora_moe.generation import prompt_length
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
-from htsr_alloc.lora_moe.passes import STATE, RouterState
+from htsr_alloc.lora_moe.state import STATE, Generation, RouterState
 
 
 def attach(

@@ -4,7 +4,8 @@ The N experts' A are stacked to one (N r, d_in) matrix and their B to one (d_out
 token's experts cost two matrix products however many there are. An expert whose gate is zero
 stays in the graph with a zero gradient, and nothing waits for the device. What is as wide as the
 model is written as seldom as possible: the second product is added to the base's output as it is
-made, and A and the router give x one gradient together.
+made, and A and the router give x one gradient together. Computing the chosen experts only, grouped,
+is slower below N r of about 256 (docs/PERFORMANCE.md).
 """
 
 from __future__ import annotations

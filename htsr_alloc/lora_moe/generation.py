@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import prompt
-
-if TYPE_CHECKING:
-    from htsr_alloc.lora_moe.passes import Pass
-
-
-@dataclass
-class Generation:
-    """One call of generate.
-
-    Attributes:
-        length: of its prompt, padding included; what a first pass has beyond it are candidates.
-        decisions: those of its first pass, None before.
-    """
-
-    length: int
-    decisions: dict[tuple[str, str], Tensor] | None = None
+from htsr_alloc.lora_moe.state import Generation, Pass
 
 
 def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, experts, gates, parameters
 from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
 from htsr_alloc.lora_moe.linears import base_weight, features, is_plain
-from htsr_alloc.lora_moe.passes import RouterState
+from htsr_alloc.lora_moe.state import RouterState
 
 
 @dataclass(frozen=True)

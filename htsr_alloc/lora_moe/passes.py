@@ -9,7 +9,6 @@ down the gradient it sees (gradient accumulation, a GradScaler, DDP's factor), w
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,89 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.generation import Generation, read_prompt
-
-STATE = "lora_moe_state"  # attribute of the adapted model
-ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
-# Keys and values of attention over an encoder's states.
-CROSS_ATTENTION = re.compile(
-    r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|k_proj|v_proj|key|value)$"
-)
-
-
-class Pass:
-    """One forward pass of the model.
-
-    Attributes:
-        masks: 2-d token masks by argument name, (B, S); None where the model was given none.
-        scale: 0-d float32, the gradient of the model's loss times share; known in backward.
-        share: this pass's part in the accumulated batch, 1 where the trainer does not say.
-        prompt: (B, S), EM-LoRA's prompt tokens; None where its choice is made already.
-        decisions: its gate weights (B, N) by block and adapter. probs: its p likewise.
-    """
-
-    def __init__(
-        self, masks: Mapping[str, Tensor | None] | None = None, device: Any = None
-    ) -> None:
-        self.masks = dict(masks or {})
-        self.scale = torch.ones((), device=device)
-        self.share: Tensor | float = 1.0
-        self.weighed = False  # whether scale is known
-        self.prompt: Tensor | None = None
-        self.decisions: dict[tuple[str, str], Tensor] = {}
-        self.probs: dict[tuple[str, str], Tensor] = {}
-
-    def mask(self, shape: torch.Size, name: str) -> Tensor | None:
-        """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
-
-        Raises:
-            HtsrError: masks were given and none has this shape.
-        """
-        if not self.masks:
-            return None
-        decoder = DECODER in self.masks and "decoder" in name.split(".")
-        reads_encoder = CROSS_ATTENTION.search(name) is not None
-        found = self.masks.get(DECODER if decoder and not reads_encoder else ENCODER)
-        if found is None:
-            return None
-        if found.numel() == shape.numel():
-            return found.reshape(-1)
-        raise HtsrError(
-            f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
-            "that padding cannot be left out of the balance loss.",
-            "Exclude this module, or set router_aux_loss_coef=0.",
-        )
-
-
-class RouterState:
-    """What the layers of one model share: the current pass, and the loss since last asked."""
-
-    def __init__(self) -> None:
-        self.current = Pass()
-        self.total: Tensor | None = None
-        self.passes = 0
-        self.handles: list[Any] = []  # of the hooks on the model
-        self.routed: dict[str, Any] = {}  # EM-LoRA's BlockRouter of each block
-        self.generation: Generation | None = None  # while the model's generate runs
-
-    @property
-    def by_prompt(self) -> bool:
-        """Whether an EM-LoRA adapter is active."""
-        return any(router.active() for router in self.routed.values())
-
-    def add(self, value: Tensor) -> None:
-        """Count one pass's weighted loss; nothing waits for the device."""
-        self.total = value if self.total is None else self.total + value
-        self.passes += 1
-
-    def pop(self) -> float | None:
-        """The mean over passes since the last call, or None if there was none."""
-        if self.total is None:
-            return None
-        mean = float(self.total) / self.passes
-        self.total, self.passes = None, 0
-        return mean
+from htsr_alloc.lora_moe.generation import read_prompt
+from htsr_alloc.lora_moe.state import DECODER, ENCODER, Pass, RouterState
 
 
 class _Mark:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.passes import STATE, RouterState
+from htsr_alloc.lora_moe.state import STATE, RouterState
 from htsr_alloc.lora_moe.tuner import layers_of
 
 

@@ -15,8 +15,9 @@ from htsr_alloc.lora_moe import em, probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
 from htsr_alloc.lora_moe.linears import base_weight
-from htsr_alloc.lora_moe.passes import STATE, PassHooks, RouterState
+from htsr_alloc.lora_moe.passes import PassHooks
 from htsr_alloc.lora_moe.register import NAME, register
+from htsr_alloc.lora_moe.state import STATE, RouterState
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
                 "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip

@@ -174,7 +174,8 @@ def checked(path: Path, shard: Shard, file: RemoteFile | None) -> Shard:
     """The local shard at ``path``, after making sure that it is the one that was listed.
 
     Raises:
-        HtsrError: another size, header or SHA-256; the file is then deleted.
+        HtsrError: another size, header or SHA-256; the file is then deleted, unless there is no
+            hub (``file`` is None) to get it from again.
     """
     why = None
     try:
@@ -188,6 +189,8 @@ def checked(path: Path, shard: Shard, file: RemoteFile | None) -> Shard:
     else:
         if why is None:
             return local
+    if file is None:
+        raise HtsrError(f"{shard.name} in the local cache {why}.", "Fetch it again, online.")
     with suppress(OSError):
         path.resolve().unlink()
         path.unlink(missing_ok=True)

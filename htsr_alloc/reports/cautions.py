@@ -32,20 +32,20 @@ def _fits(metrics: Metrics) -> list[Caution]:
     failed = [m for m in metrics.matrices if m.status == FAILED]
     if failed:
         items = tuple(f"{m.tensor}: {m.reason}" for m in failed)
-        found.append(Caution(f"{len(failed)} of {total} matrices have no fit.", items))
+        found.append(Caution(f"Matrices without a fit: {len(failed)} of {total}.", items))
     marked = [m for m in metrics.matrices if m.status == MARKED]
     if marked:
         items = tuple(f"{m.tensor}: {m.reason}" for m in marked)
-        found.append(Caution(f"{len(marked)} of {total} fits are to be read with care.", items))
+        found.append(Caution(f"Fits to be read with care: {len(marked)} of {total}.", items))
     partial = [x for x in metrics.layers if x.unfitted and x.pl_alpha_hill is not None]
     if partial:
         items = tuple(f"{x.prefix}: {x.reason}" for x in partial)
-        text = f"{len(partial)} layers' values are means over the matrices that could be fitted."
+        text = f"Layers whose value is the mean of a part of their matrices: {len(partial)}."
         found.append(Caution(text, items))
     empty = [x for x in metrics.layers if x.pl_alpha_hill is None]
     if empty:
         items = tuple(f"{x.prefix}: {x.reason}" for x in empty)
-        found.append(Caution(f"{len(empty)} layers have no PL_Alpha_Hill.", items))
+        found.append(Caution(f"Layers without PL_Alpha_Hill: {len(empty)}.", items))
     return found
 
 
@@ -55,20 +55,20 @@ def _numbers(metrics: Metrics) -> list[Caution]:
     ties = [m for m in metrics.matrices if m.peak_gap == 0]
     if ties and settings.estimator in AT_THE_PEAK:
         text = (
-            f"On {len(ties)} of {total} matrices two bins of the histogram are equally full; the "
-            f"first is taken as the peak, from which the estimator {settings.estimator} starts."
+            f"Matrices with two fullest bins in the histogram: {len(ties)} of {total}. The first "
+            f"is taken as the peak, from which the estimator {settings.estimator} starts."
         )
         found.append(Caution(text, tuple(m.tensor for m in ties)))
     uncertain = [m for m in metrics.matrices if "float32 not certain" in m.engine]
     if uncertain:
         text = (
-            f"On {len(uncertain)} of {total} matrices float32 could not be certain to keep the "
-            "histogram's peak, and float64 was used: their peaks are narrow."
+            f"Matrices on which float32 was not certain to keep the histogram's peak: "
+            f"{len(uncertain)} of {total}. float64 was used; their peaks are fragile."
         )
         found.append(Caution(text, tuple(m.tensor for m in uncertain)))
     rough = [m for m in metrics.matrices if m.engine.startswith("float32 band")]
     if rough:
-        text = f"{len(rough)} of {total} spectra are of float32 accuracy (engine fast), unguarded."
+        text = f"Spectra of float32 accuracy (engine fast), unguarded: {len(rough)} of {total}."
         found.append(Caution(text, tuple(m.tensor for m in rough)))
     quantised = sorted({m.dtype for m in metrics.matrices if m.dtype.startswith(("F8", "F4"))})
     if quantised:

@@ -37,9 +37,9 @@ def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from htsr_alloc.report.cautions import cautions
-    from htsr_alloc.report.citing import references
-    from htsr_alloc.report.tables import allocation_facts, facts, role_rows, skipped_groups
+    from htsr_alloc.reports.cautions import cautions
+    from htsr_alloc.reports.citing import references
+    from htsr_alloc.reports.tables import allocation_facts, facts, role_rows, skipped_groups
 
     results = [read_result(path) for path in paths]
     sources = [result for result in results if isinstance(result.record, Metrics)]
@@ -91,7 +91,7 @@ def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
 def _figures(source: Result, metrics: Metrics, results: Sequence[Result]) -> list[tuple[str, str]]:
     """(caption, data URI) of each."""
     from htsr_alloc.plots.figures import esd_figure, model_figure
-    from htsr_alloc.report.tables import outstanding
+    from htsr_alloc.reports.tables import outstanding
 
     found = []
     if any(layer.pl_alpha_hill is not None for layer in metrics.layers):

@@ -1,0 +1,1 @@
+"""Allocations and systems compared at equal trainable parameters (extra ``train``)."""

@@ -1,0 +1,179 @@
+"""Results to one table and one figure: mean, deviation, and paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr_alloc import files
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.study.plan import Study, cells
+from htsr_alloc.study.store import Key
+from htsr_alloc.training.wilson import Z95
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row less the baseline, over the seeds that both have.
+
+    ``half`` is half of the 95 % interval over test rows, each row's difference being averaged
+    over seeds first: it says whether these trained models differ on other rows of the task. What
+    other seeds would do, ``by_seed`` shows.
+    """
+
+    mean: float
+    half: float
+    by_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table; the means are over seeds, ``deviation`` is theirs (None for one)."""
+
+    task: str
+    row: str
+    seeds: int
+    rows: int
+    trainable: int
+    accuracy: float
+    deviation: float | None
+    loss: float
+    difference: Difference | None
+
+
+def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]:
+    """A line for each task and row that has a result, in the study's order."""
+    lines = []
+    for task in study.tasks:
+        base = {s: done[k] for s in study.seeds if (k := (task, study.baseline, s)) in done}
+        for row in study.rows:
+            own = {s: done[k] for s in study.seeds if (k := (task, row.name, s)) in done}
+            if not own:
+                continue
+            found = list(own.values())
+            accuracies = [cell["accuracy"] for cell in found]
+            losses = [cell["loss"] for cell in found]
+            common = sorted(own.keys() & base.keys())
+            compared = bool(common) and row.name != study.baseline
+            lines.append(
+                Line(
+                    task,
+                    row.name,
+                    len(own),
+                    found[0]["n"],
+                    found[0]["trainable"],
+                    statistics.mean(accuracies),
+                    statistics.stdev(accuracies) if len(own) > 1 else None,
+                    statistics.mean(losses),
+                    difference([own[s]["hits"] for s in common], [base[s]["hits"] for s in common])
+                    if compared
+                    else None,
+                )
+            )
+    return lines
+
+
+def difference(own: Sequence[str], base: Sequence[str]) -> Difference:
+    """The paired difference of accuracies; ``own[s][i]`` is "1" where row i is right."""
+    by_seed = tuple(
+        sum(int(a) - int(b) for a, b in zip(x, y, strict=True)) / len(x)
+        for x, y in zip(own, base, strict=True)
+    )
+    n, seeds = len(own[0]), len(own)
+    by_row = [sum(int(x[i]) - int(y[i]) for x, y in zip(own, base, strict=True)) for i in range(n)]
+    error = statistics.stdev([d / seeds for d in by_row]) / math.sqrt(n) if n > 1 else math.nan
+    return Difference(statistics.mean(by_seed), Z95 * error, by_seed)
+
+
+def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> str:
+    """The table, and how much of the study it holds."""
+    head = "| task | row | seeds | trainable | accuracy | sd | less {} | 95 % | loss |"
+    text = [head.format(study.baseline), "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    before = None
+    for line in lines:
+        d = line.difference
+        text.append(
+            "| "
+            + " | ".join(
+                [
+                    line.task if line.task != before else "",
+                    line.row,
+                    str(line.seeds),
+                    f"{line.trainable:,}",
+                    f"{line.accuracy:.1%}",
+                    f"{line.deviation:.1%}" if line.deviation is not None else "-",
+                    f"{d.mean:+.1%}" if d else "-",
+                    f"±{d.half:.1%}" if d else "-",
+                    f"{line.loss:.3f}",
+                ]
+            )
+            + " |"
+        )
+        before = line.task
+    sizes = sorted({line.rows for line in lines})
+    planned = cells(study)
+    finished = sum(cell.key in done for cell in planned)
+    text += [
+        "",
+        f"{finished} of {len(planned)} cells; n = {', '.join(map(str, sizes))} test rows each. "
+        "*accuracy* and *loss* (of the right answer, per token) are means over seeds and *sd* is "
+        f"the seeds' standard deviation. *less {study.baseline}* is the mean paired difference "
+        "over the seeds that both have, and *95 %* its interval over test rows, given these seeds.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def write_into(path: Path, table: str) -> None:
+    """Put the table between the two marks of a document.
+
+    Raises:
+        HtsrError: the marks are not there.
+    """
+    text = files.read_bytes(path).decode("utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise HtsrError(f"{path.name} has no place for the table.", f"Write {BEGIN} and {END}.")
+    files.write_text(path, f"{before}{begin}\n{table}{end}{after}")
+
+
+def plot(study: Study, lines: Sequence[Line], path: Path) -> None:
+    """Each row's difference from the baseline with its interval and its seeds, task by task.
+
+    Raises:
+        HtsrError: matplotlib is not installed, or there is nothing to compare yet.
+    """
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    compared = [line for line in lines if line.difference is not None]
+    tasks = [task for task in study.tasks if any(line.task == task for line in compared)]
+    if not tasks:
+        raise HtsrError("There is no pair to compare yet.", "Run more of the study.")
+    names = [row.name for row in study.rows if any(line.row == row.name for line in compared)]
+    figure = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.2 + 0.24 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        for line in compared:
+            if line.task != task:
+                continue
+            d, y = line.difference, names.index(line.row)
+            assert d is not None
+            axes.errorbar(100 * d.mean, y, xerr=100 * d.half, fmt="o", color="C0", ms=4, lw=1)
+            axes.plot([100 * x for x in d.by_seed], [y] * len(d.by_seed), "|", color="C1", ms=8)
+        axes.set_title(task)
+        axes.set_xlabel(f"accuracy less {study.baseline}, points")
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise files.cannot("write", path, error) from None

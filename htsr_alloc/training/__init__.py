@@ -1,0 +1,15 @@
+"""Train an allocation, evaluate it, and compare allocations and systems (extra ``train``)."""
+
+from __future__ import annotations
+
+from htsr_alloc.errors import HtsrError
+
+try:
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise HtsrError(
+        f"Training needs transformers, PEFT and accelerate ({error}).",
+        "pip install 'htsr-alloc[train]'",
+    ) from None

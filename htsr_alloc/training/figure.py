@@ -1,0 +1,77 @@
+"""The picture of a run: its losses, and the load of every router at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from htsr_alloc import files
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import RouterReport, routing_report
+from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.training.tokens import Collator, Example, pad_id
+
+ROWS, BATCH = 64, 8  # examples that the load is taken from
+
+
+def plot_run(
+    model: Any,
+    log: Sequence[Mapping[str, Any]],
+    examples: Sequence[Example],
+    path: Path,
+    tokenizer: Any,
+) -> None:
+    """Write the figure of a trained model.
+
+    Raises:
+        HtsrError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    loads = _loads(model, examples, pad_id(tokenizer))
+    figure = Figure(figsize=(10 if loads else 5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(row["step"], row[name]) for row in log if name in row]
+        if points:
+            panels[0].plot(*zip(*points, strict=True), marker=".", label=label)
+    panels[0].set_xlabel("step")
+    panels[0].set_ylabel("loss per token")
+    panels[0].legend()
+    balance = [(row["step"], row["router_aux_loss"]) for row in log if "router_aux_loss" in row]
+    if balance:
+        twin = panels[0].twinx()
+        twin.plot(*zip(*balance, strict=True), color="0.6", linewidth=0.8)
+        twin.set_ylabel("router_aux_loss (grey)")
+    if loads:
+        most = max(len(row.load) for row in loads)
+        cells = [
+            [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
+            for row in loads
+        ]
+        image = panels[1].imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+        panels[1].set_xlabel("expert")
+        panels[1].set_ylabel(f"{len(loads)} routers, first to last")
+        figure.colorbar(image, label="load times N (1 is balance)")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise files.cannot("write", path, error) from None
+
+
+def _loads(model: Any, examples: Sequence[Example], pad: int) -> list[RouterReport]:
+    """Every router's load on the first examples; none where there is no router."""
+    config = model.peft_config["default"]
+    if not isinstance(config, LoraMoeConfig) or not _has_router(model):
+        return []
+    device, collate = next(model.parameters()).device, Collator(pad)
+    parts = [examples[i : i + BATCH] for i in range(0, min(ROWS, len(examples)), BATCH)]
+    batches = ({n: v.to(device) for n, v in collate(part).items()} for part in parts)
+    return routing_report(model, batches)
+
+
+def _has_router(model: Any) -> bool:
+    return any("lora_moe_router" in name for name, _ in model.named_parameters())

@@ -1,0 +1,166 @@
+"""Models to train and to evaluate: opened in a dtype, adapted by a system and an allocation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.build import build, control
+from htsr_alloc.lora_moe.config import SYSTEMS, LoraMoeConfig
+from htsr_alloc.records import Allocation
+
+LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is put on a model; the defaults are the AlphaLoRA paper's.
+
+    A layer of N experts gets plain LoRA of rank N r, rounded, so that there r may be a fraction.
+    """
+
+    system: str = "alphalora"
+    r: float = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    target: tuple[str, ...] = ()  # empty: every linear of a layer
+
+    def put_on(self, model: Any, allocation: Allocation | Path | None) -> PeftModel:
+        """The adapted model.
+
+        Raises:
+            HtsrError: an unknown system; an allocation where the system takes none, or none where
+                it takes one; an allocation that does not fit the model.
+        """
+        if self.system not in (LORA, *SYSTEMS):
+            raise HtsrError(
+                f"There is no system {self.system!r}.",
+                f"Choose from {', '.join((*SYSTEMS, LORA))}.",
+            )
+        takes_one = self.system != "em_lora"
+        if takes_one != (allocation is not None):
+            raise HtsrError(
+                f"{self.system} needs an allocation file."
+                if takes_one
+                else "EM-LoRA's experts are a layer's linears, so that it takes no allocation.",
+                "htsr allocate writes one." if takes_one else "Leave the allocation out.",
+            )
+        targets: Sequence[str] | None = list(self.target) or None
+        shared: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": targets,
+        }
+        if allocation is None:
+            config = LoraMoeConfig(system=self.system, task_type="CAUSAL_LM", **shared)
+            return get_peft_model(model, config)  # type: ignore[return-value]
+        if self.system == LORA:
+            plain = json.loads(control(model, allocation, **shared))
+            plain["r"] = max(1, round(self.r))
+            plain["rank_pattern"] = whole_ranks(plain["rank_pattern"])
+            config = LoraConfig(task_type="CAUSAL_LM", **plain)
+            return get_peft_model(model, config)  # type: ignore[return-value]
+        return build(model, allocation, system=self.system, task_type="CAUSAL_LM", **shared)
+
+
+def whole_ranks(ranks: Mapping[str, float]) -> dict[str, int]:
+    """Each module's rank as a whole number; what rounding takes, the next modules get."""
+    made, carry = {}, 0.0
+    for name, rank in ranks.items():
+        made[name] = max(1, round(rank + carry))
+        carry += rank - made[name]
+    return made
+
+
+def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal language model with its weights in ``dtype``.
+
+    Raises:
+        HtsrError: no model that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise HtsrError(f"transformers cannot load {folder}: {reason}") from None
+
+
+def open_adapter(model: Any, folder: Path) -> PeftModel:
+    """A trained adapter on its model, of any PEFT type, LoRA-MoE too.
+
+    Raises:
+        HtsrError: no adapter that PEFT can load.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise HtsrError(f"{folder} has no adapter_config.json.", "Give the folder htsr train made.")
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise HtsrError(f"PEFT cannot load {folder} on this model: {reason}") from None
+
+
+def device_of(asked: str) -> torch.device:
+    """``auto`` is CUDA where there is one, then MPS, then the CPU.
+
+    Raises:
+        HtsrError: a device that is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if asked == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    if not there.get(asked.partition(":")[0], False):
+        raise HtsrError(f"There is no device {asked!r} here.", "Use --device auto.")
+    return torch.device(asked)
+
+
+def dtype_of(asked: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes in it, else float32.
+
+    Raises:
+        HtsrError: another name.
+    """
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked != "auto":
+        raise HtsrError(f"There is no dtype {asked!r}.", f"Choose from auto, {', '.join(DTYPES)}.")
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    return False
+
+
+def trainable(model: Any) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def silence() -> None:
+    """No progress bars and no advice from transformers: what is said is said by the command."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

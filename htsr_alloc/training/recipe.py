@@ -1,0 +1,178 @@
+"""The training recipe: transformers' Trainer over encoded rows, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.files import write_text
+from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
+from htsr_alloc.lora_moe.bilevel import activation_parameters
+from htsr_alloc.training.tokens import BucketSampler, Collator, Example
+
+LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. AdamW at 3e-4 is the AlphaLoRA paper's; it decays linearly after a warm-up.
+
+    Attributes:
+        epochs: passes over the rows, unless ``steps`` says how many optimiser steps.
+        batch_size: rows of one process's micro-batch; ``accumulate`` of them make a step.
+        warmup: share of all steps.
+        save_every, log_every: in steps; 0 saves no checkpoint.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 3e-4
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise HtsrError(f"{name} must be positive, not {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise HtsrError(f"steps must be at least 1, not {self.steps}.")
+        if not 0 <= self.warmup < 1:
+            raise HtsrError(f"warmup must be in [0, 1), not {self.warmup}.")
+
+
+class RecipeTrainer(Trainer):
+    """The stock Trainer; its batches hold rows of like length."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example.input_ids) for example in data]  # type: ignore[union-attr]
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return BucketSampler(lengths, together * self.args.world_size, self.args.seed)
+
+
+class BilevelTrainer(BilevelMixin, RecipeTrainer):
+    """EM-LoRA's: its activations learn from validation rows."""
+
+
+class LogFile(TrainerCallback):
+    """The trainer's log as JSON lines, of a resumed run from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args, state, control, **kwargs: Any) -> None:
+        """Write the whole log again: it is short, and never torn."""
+        if state.is_world_process_zero:
+            lines = [json.dumps(row) + "\n" for row in state.log_history]
+            write_text(self.path, "".join(lines))
+
+
+def make_trainer(
+    model: Any,
+    train: Sequence[Example],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    pad: int,
+    validation: Sequence[Example] = (),
+    activations: Sequence[Example] = (),
+    device: torch.device | None = None,
+    bf16: bool = False,
+    progress: bool = False,
+) -> Trainer:
+    """A Trainer that is ready to run.
+
+    Args:
+        pad: the token to pad with.
+        validation: rows whose loss is logged after each epoch.
+        activations: rows that EM-LoRA's activations learn from; they stay as they are without.
+        bf16: bfloat16 autocast.
+    """
+    device = device or torch.device("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = total_steps(len(train), recipe, processes())
+    arguments = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=recipe.epochs,
+        max_steps=-1 if recipe.steps is None else recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(recipe.warmup * steps),
+        weight_decay=recipe.weight_decay,
+        optim="adamw_torch",
+        seed=recipe.seed,
+        bf16=bf16,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        eval_strategy="epoch" if len(validation) else "no",
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=2,
+        report_to=[],
+        use_cpu=device.type == "cpu",
+        disable_tqdm=not progress,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+    theta = activation_parameters(model)
+    kind: Any = RecipeTrainer
+    extra: dict[str, Any] = {}
+    if theta and len(activations):
+        kind, extra = BilevelTrainer, {"activation_dataset": list(activations)}
+    else:
+        for parameter in theta:
+            parameter.requires_grad_(False)
+    trainer = kind(
+        model=model,
+        args=arguments,
+        train_dataset=list(train),
+        eval_dataset=list(validation) or None,
+        data_collator=Collator(pad),
+        callbacks=[RouterLossCallback(), LogFile(folder / LOG)],
+        **extra,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def total_steps(rows: int, recipe: Recipe, ranks: int = 1) -> int:
+    """Optimiser steps of the whole run."""
+    if recipe.steps is not None:
+        return recipe.steps
+    batches = math.ceil(rows / (recipe.batch_size * ranks))
+    return math.ceil(max(1, math.ceil(batches / recipe.accumulate)) * recipe.epochs)
+
+
+def processes() -> int:
+    """How many take part, before torch.distributed is set up."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of an interrupted run."""
+    inside = folder / CHECKPOINTS
+    found = get_last_checkpoint(str(inside)) if inside.is_dir() else None
+    return None if found is None else Path(found)

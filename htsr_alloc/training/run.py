@@ -1,0 +1,170 @@
+"""One training run: what ``htsr train`` does, from files to an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htsr_alloc import files
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.build import load
+from htsr_alloc.training import figure, models, tokens
+from htsr_alloc.training.recipe import Recipe, last_checkpoint, make_trainer
+from htsr_alloc.training.rows import read_rows
+
+RUN, PICTURE = "run.json", "training.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked for.
+
+    ``validation`` rows have their loss logged after each epoch, and EM-LoRA's activations learn
+    from them. ``chat`` writes prompts and completions in the tokenizer's chat template.
+    """
+
+    model: Path
+    data: Path
+    output: Path
+    allocation: Path | None = None
+    validation: Path | None = None
+    adapter: models.Adapter = field(default_factory=models.Adapter)
+    recipe: Recipe = field(default_factory=Recipe)
+    max_length: int = 512
+    chat: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything a checkpoint depends on, but where files lie."""
+        given = {n: getattr(self, n) for n in ("allocation", "data", "validation")}
+        return {
+            **{n: None if path is None else files.sha256(path) for n, path in given.items()},
+            "model": files.sha256(self.model / "config.json"),
+            **asdict(self.adapter),
+            "target": list(self.adapter.target),
+            **{k: v for k, v in asdict(self.recipe).items() if not k.endswith("_every")},
+            "max_length": self.max_length,
+            "chat": self.chat,
+        }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it; ``loss`` is the last one logged."""
+
+    rows: int
+    steps: int
+    loss: float
+    seconds: float
+    trainable: int
+    dtype: str
+    device: str
+    resumed_at: int
+
+
+def train(
+    run: Run, *, resume: bool = False, progress: bool = False, note: Callable[[str], None]
+) -> Trained:
+    """Train and save the adapter; under torchrun or accelerate, this process's part of it.
+
+    The output folder gets the adapter, the log as JSON lines, the settings, a figure and, while
+    the run lasts, checkpoints.
+
+    Args:
+        resume: go on at the last checkpoint.
+
+    Raises:
+        HtsrError: bad rows, an allocation that does not fit, a folder that holds another run.
+    """
+    started = time.time()
+    checkpoint = _earlier(run, resume)
+    device = models.device_of(run.device)
+    dtype = models.dtype_of(run.dtype, device)
+    tokenizer = tokens.open_tokenizer(run.model)
+    encoded = {}
+    for name in ("data", "validation"):
+        path = getattr(run, name)
+        rows = [] if path is None else read_rows(path)
+        rows = tokens.as_chat(rows) if run.chat else rows
+        encoded[name] = [tokens.encode(row, tokenizer, run.max_length) for row in rows]
+    allocation = None if run.allocation is None else load(run.allocation)
+    torch.manual_seed(run.recipe.seed)
+    model: Any = run.adapter.put_on(models.open_causal_lm(run.model, dtype), allocation)
+    count = models.trainable(model)
+    if is_first():
+        run.output.mkdir(parents=True, exist_ok=True)
+        files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
+        note(
+            f"{len(encoded['data'])} rows; {count:,} trainable parameters; "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}"
+        )
+        if checkpoint is not None:
+            note(f"resumed at {checkpoint.name}")
+    trainer = make_trainer(
+        model,
+        encoded["data"],
+        run.output,
+        run.recipe,
+        pad=tokens.pad_id(tokenizer),
+        validation=encoded["validation"],
+        activations=encoded["validation"],
+        device=device,
+        bf16=dtype == torch.bfloat16,
+        progress=progress and is_first(),
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    history = trainer.state.log_history
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(run.output))
+        examples = encoded["validation"] or encoded["data"]
+        try:
+            figure.plot_run(model, history, examples, run.output / PICTURE, tokenizer)
+        except HtsrError as error:  # the adapter is saved; a figure is no reason to fail
+            note(f"no figure: {error.message}")
+    return Trained(
+        rows=len(encoded["data"]),
+        steps=trainer.state.global_step,
+        loss=[row["loss"] for row in history if "loss" in row][-1],
+        seconds=time.time() - started,
+        trainable=count,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        resumed_at=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+    )
+
+
+def is_first() -> bool:
+    """Whether this is the one process, or the first of several, which alone writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _earlier(run: Run, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if that is asked for.
+
+    Raises:
+        HtsrError: the folder holds a run that this one would overwrite, or another one.
+    """
+    path = run.output / RUN
+    if not path.is_file():
+        return None
+    if not resume:
+        raise HtsrError(
+            f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
+        )
+    before, now = json.loads(files.read_bytes(path)), run.settings()
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise HtsrError(
+            f"{run.output} was begun with another {changed[0]}: {before.get(changed[0])}, not "
+            f"{now[changed[0]]}.",
+            "Give the same settings, or another folder with -o.",
+        )
+    return last_checkpoint(run.output)
