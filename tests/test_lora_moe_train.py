@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import moe_tiny as tiny
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("accelerate", reason="needs the extra [train]")
 
 from moe_train import rows, trainer
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from htsr_alloc.lora_moe import RouterLossCallback
 
@@ -42,6 +44,21 @@ def test_stock_trainer_learns_saves_and_reloads(system, tmp_path):
     model.eval()
     reloaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "a").eval()
     assert torch.equal(reloaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
+
+
+def test_attached_it_reaches_reporters_that_come_first(tmp_path):
+    class Reporter(TrainerCallback):
+        seen: ClassVar[list] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    run = trainer(tiny.adapted("alphalora"), tmp_path, callbacks=[Reporter()], steps=2)
+    RouterLossCallback().attach(run)
+    run.train()
+    losses = [row for row in Reporter.seen if "loss" in row]
+    assert losses
+    assert all(row["router_aux_loss"] > 0 for row in losses)
 
 
 def test_resume_is_as_if_nothing_had_happened(tmp_path):

@@ -13,9 +13,17 @@ class RouterLossCallback(TrainerCallback):
     """Adds ``router_aux_loss`` to the logs of any transformers Trainer.
 
     The mean over forward passes since the last log of Σ coefficient · L; the ``loss`` that the
-    trainer logs does not contain it, so that it compares with a run without routers. Put it
-    before the reporting callbacks: ``Trainer(..., callbacks=[RouterLossCallback()])`` does.
+    trainer logs does not contain it, so that it compares with a run without routers.
+
+    A trainer hands its logs to the reporters (TensorBoard, W&B) before the callbacks it was given;
+    ``RouterLossCallback().attach(trainer)`` puts this one before them. Given as
+    ``Trainer(callbacks=[...])`` it writes to ``trainer.state.log_history`` and the console alone.
     """
+
+    def attach(self, trainer: Any) -> RouterLossCallback:
+        """Put this callback before all others of a trainer."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
         """Read the value off the device and write it into this log."""
