@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.state import STATE, RouterState
 from htsr_alloc.lora_moe.tuner import layers_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -135,20 +139,32 @@ def _state(model: nn.Module) -> RouterState:
     raise HtsrError("The model has no LoRA-MoE adapter.")
 
 
-def plot_routing(reports: list[RouterReport], path: str | Path) -> None:
-    """A heat map, one row a router and one column an expert: its load times N (1 is balance)."""
+def plot_routing(reports: list[RouterReport], path: str | Path | None = None) -> Figure:
+    """A heat map, one row a router and one column an expert: its load times N (1 is balance).
+
+    Args:
+        path: a file to write as well, in any format of matplotlib's.
+    """
     from matplotlib.figure import Figure
 
     most = max(len(row.load) for row in reports)
-    cells = [
-        [x * len(row.load) for x in row.load] + [float("nan")] * (most - len(row.load))
-        for row in reports
-    ]
     figure = Figure(figsize=(2 + 0.5 * most, 1 + 0.18 * len(reports)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    draw_load(axes, reports)
     axes.set_yticks(range(len(reports)), [row.name for row in reports], fontsize=5)
     axes.set_xticks(range(most))
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def draw_load(axes: Axes, reports: list[RouterReport]) -> None:
+    """The heat map and its colour bar, on axes of a figure."""
+    most = max(len(row.load) for row in reports)
+    cells = [
+        [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
+        for row in reports
+    ]
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
     axes.set_xlabel("expert")
-    figure.colorbar(image, label="load times N")
-    figure.savefig(path)
+    axes.figure.colorbar(image, ax=axes, label="load times N (1 is balance)")

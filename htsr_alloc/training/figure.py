@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc import files
-from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import RouterReport, routing_report
 from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.report import draw_load
 from htsr_alloc.training.tokens import Collator, Example, pad_id
 
 ROWS, BATCH = 64, 8  # examples that the load is taken from
@@ -25,12 +25,10 @@ def plot_run(
     """Write the figure of a trained model.
 
     Raises:
-        HtsrError: matplotlib is not installed, or the file cannot be written.
+        HtsrError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     loads = _loads(model, examples, pad_id(tokenizer))
     figure = Figure(figsize=(10 if loads else 5, 4), layout="constrained")
     panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
@@ -47,15 +45,8 @@ def plot_run(
         twin.plot(*zip(*balance, strict=True), color="0.6", linewidth=0.8)
         twin.set_ylabel("router_aux_loss (grey)")
     if loads:
-        most = max(len(row.load) for row in loads)
-        cells = [
-            [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
-            for row in loads
-        ]
-        image = panels[1].imshow(cells, aspect="auto", cmap="viridis", vmin=0)
-        panels[1].set_xlabel("expert")
+        draw_load(panels[1], loads)
         panels[1].set_ylabel(f"{len(loads)} routers, first to last")
-        figure.colorbar(image, label="load times N (1 is balance)")
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
