@@ -70,9 +70,17 @@ def test_training_is_better_than_not_beyond_the_interval(invoke, work):
     assert len(after["hits"]) == after["n"] == 40
 
 
-@pytest.mark.parametrize("system", ["lora", "em_lora", "goat", "hydra"])
-def test_other_systems_train_and_reload(system, invoke, work):
-    given = arguments("out", "--steps", 2, "--system", system, "--validation", "test.jsonl")
+@pytest.mark.parametrize(
+    ("system", "more"),
+    [
+        ("lora", []),
+        ("em_lora", []),
+        ("goat", ["--gradient-checkpointing"]),
+        ("hydra", ["--dtype", "bfloat16"]),
+    ],
+)
+def test_other_systems_train_and_reload(system, more, invoke, work):
+    given = arguments("out", "--steps", 2, "--system", system, "--validation", "test.jsonl", *more)
     if system == "em_lora":
         given.remove("a.json")
     done = invoke(*given)
