@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +167,6 @@ def total_steps(rows: int, recipe: Recipe, ranks: int = 1) -> int:
 
 def processes() -> int:
     """How many take part, before torch.distributed is set up."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
