@@ -220,6 +220,14 @@ def test_recipe_refuses_nonsense():
         Recipe(steps=0)
 
 
+def test_one_process_does_not_spread_over_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    models.refuse_data_parallel(torch.device("cuda"), 4)
+    models.refuse_data_parallel(torch.device("cpu"), 1)
+    with pytest.raises(HtsrError, match="One process trains on one GPU, and 4 are visible"):
+        models.refuse_data_parallel(torch.device("cuda"), 1)
+
+
 def test_ranks_are_whole_and_sum_up():
     ranks = models.whole_ranks({str(i): 42.5 for i in range(10)})
     assert sum(ranks.values()) == 425

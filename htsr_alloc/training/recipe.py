@@ -18,6 +18,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import write_text
 from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
 from htsr_alloc.lora_moe.bilevel import activation_parameters
+from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.tokens import BucketSampler, Collator, Example
 
 LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
@@ -103,8 +104,12 @@ def make_trainer(
         validation: rows whose loss is logged after each epoch.
         activations: rows that EM-LoRA's activations learn from; they stay as they are without.
         bf16: bfloat16 autocast.
+
+    Raises:
+        HtsrError: one process with several GPUs.
     """
     device = device or torch.device("cpu")
+    refuse_data_parallel(device, processes())
     folder.mkdir(parents=True, exist_ok=True)
     steps = total_steps(len(train), recipe, processes())
     arguments = TrainingArguments(
