@@ -14,19 +14,19 @@ from htsr_alloc.errors import HtsrError
 
 
 def main() -> None:
-    """Register the tuner, then hand over.
+    """Register the tuner and hand over.
 
     Raises:
         HtsrError: lm_eval is not installed, or PEFT.
     """
-    import htsr_alloc.lora_moe  # noqa: F401 - PEFT knows the adapters from here on
-
     try:
         from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise HtsrError(
             f"The lm-evaluation-harness cannot be imported ({error}).", "pip install lm_eval"
         ) from None
+    import htsr_alloc.lora_moe  # noqa: F401 - PEFT knows the adapters from here on
+
     cli_evaluate()
 
 

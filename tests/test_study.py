@@ -152,6 +152,7 @@ def test_a_fingerprint_follows_the_data_and_not_the_name(plan):
     [
         ({"budget": 3}, "unknown key 'budget' in study"),
         ({"rows": [{"name": "a", "sytem": "lora"}]}, "unknown key 'sytem' in rowspec"),
+        ({"tasks": {"a": {"train": "t.jsonl"}}}, "has a task without 'test'"),
         ({"rows": [*ROWS, ROWS[1]]}, "two rows called 'uniform'"),
         ({"baseline": "none"}, "has no row 'none', its baseline"),
         ({"tasks": {}}, "no tasks"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,3 @@ def parameters(model: Path, adapter: Adapter, counts: _Counts | None) -> int:
     """Trainable parameters, counted on the model without weights."""
     bare: Any = empty_model(model)
     return trainable(adapter.put_on(bare, None if counts is None else counts.allocation))
-
-
-def with_dropout(made: Fitted, dropout: float) -> Fitted:
-    """The same with another dropout, which no count depends on."""
-    return replace(made, adapter=replace(made.adapter, lora_dropout=dropout))

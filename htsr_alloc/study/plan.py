@@ -193,11 +193,12 @@ def _made(kind: type[T], data: Mapping[str, Any], path: Path, here: Path) -> T:
                 f"{path.name} has an unknown key {name!r} in {kind.__name__.lower()}.",
                 f"Known are {', '.join(fields)}.",
             )
+    for name, f in fields.items():
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise HtsrError(f"{path.name} has a {kind.__name__.lower()} without {name!r}.")
     values = {
         name: here / value if "Path" in str(fields[name].type) and value is not None else value
         for name, value in data.items()
     }
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise HtsrError(f"{path.name}: {str(error).partition(' ')[2]}.") from None
+    return kind(**values)

@@ -170,7 +170,7 @@ def plot(study: Study, lines: Sequence[Line], path: Path) -> None:
             axes.errorbar(100 * d.mean, y, xerr=100 * d.half, fmt="o", color="C0", ms=4, lw=1)
             axes.plot([100 * x for x in d.by_seed], [y] * len(d.by_seed), "|", color="C1", ms=8)
         axes.set_title(task)
-        axes.set_xlabel(f"accuracy less {study.baseline}, points")
+        axes.set_xlabel(f"points over {study.baseline}\n(bars: 95 %, ticks: seeds)", fontsize=8)
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     try:

@@ -122,10 +122,24 @@ def device_of(asked: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if asked == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+        asked = next(name for name in ("cuda", "mps", "cpu") if there[name])
     if not there.get(asked.partition(":")[0], False):
         raise HtsrError(f"There is no device {asked!r} here.", "Use --device auto.")
     return torch.device(asked)
+
+
+def refuse_data_parallel(device: torch.device, processes: int) -> None:
+    """The Trainer would copy the model to every visible GPU, which loses the routers' state.
+
+    Raises:
+        HtsrError: one process, and several GPUs.
+    """
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and processes == 1 and count > 1:
+        raise HtsrError(
+            f"One process trains on one GPU, and {count} are visible.",
+            f"Use torchrun --nproc-per-node {count} -m htsr_alloc ..., or CUDA_VISIBLE_DEVICES=0.",
+        )
 
 
 def dtype_of(asked: str, device: torch.device) -> torch.dtype:

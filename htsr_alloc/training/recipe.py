@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import write_text
 from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
 from htsr_alloc.lora_moe.bilevel import activation_parameters
+from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.tokens import BucketSampler, Collator, Example
 
 LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
@@ -102,8 +104,12 @@ def make_trainer(
         validation: rows whose loss is logged after each epoch.
         activations: rows that EM-LoRA's activations learn from; they stay as they are without.
         bf16: bfloat16 autocast.
+
+    Raises:
+        HtsrError: one process with several GPUs.
     """
     device = device or torch.device("cpu")
+    refuse_data_parallel(device, processes())
     folder.mkdir(parents=True, exist_ok=True)
     steps = total_steps(len(train), recipe, processes())
     arguments = TrainingArguments(
@@ -166,8 +172,6 @@ def total_steps(rows: int, recipe: Recipe, ranks: int = 1) -> int:
 
 def processes() -> int:
     """How many take part, before torch.distributed is set up."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -100,8 +100,6 @@ def train(
     model: Any = run.adapter.put_on(models.open_causal_lm(run.model, dtype), allocation)
     count = models.trainable(model)
     if is_first():
-        run.output.mkdir(parents=True, exist_ok=True)
-        files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
         note(
             f"{len(encoded['data'])} rows; {count:,} trainable parameters; "
             f"{str(dtype).removeprefix('torch.')} on {device.type}"
@@ -120,6 +118,8 @@ def train(
         bf16=dtype == torch.bfloat16,
         progress=progress and is_first(),
     )
+    if is_first():  # the processes have met by now, so that each has seen the folder as it was
+        files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
