@@ -22,7 +22,6 @@ def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.stem.startswith(NEEDS_TRAIN):
         pytest.importorskip("peft", reason="needs the extra [train]")
         pytest.importorskip("transformers", reason="needs the extra [train]")
-    monkeypatch.setenv("HTSR_FAST", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), *sys.path[1:]]))
     notebook = nbformat.read(path, as_version=4)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import prompt
-from htsr_alloc.lora_moe.state import Generation, Pass
+from htsr_alloc.lora_moe.state import STATE, Generation, Pass
 
 
 def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
@@ -41,7 +43,8 @@ def read_prompt(
             raise HtsrError(
                 "EM-LoRA chooses by the whole prompt, and the cache given holds a part of the text "
                 f"already, with {tokens.shape[1]} tokens to come.",
-                "Leave past_key_values out; by hand, run the prompt, then one token at a time.",
+                "Leave past_key_values out; by hand, run the prompt, then one token at a time, or "
+                "several inside after_prompt(model).",
             )
         now.decisions = before.decisions
         return
@@ -62,3 +65,22 @@ def read_prompt(
             )
         now.prompt[:, generation.length :] = False
         generation.decisions = now.decisions
+
+
+@contextmanager
+def after_prompt(model: nn.Module) -> Iterator[None]:
+    """Passes inside go on after the prompts that the last pass read, over its cache.
+
+    EM-LoRA keeps to what it chose by them; other models are not concerned. For scoring several
+    continuations of one prompt.
+    """
+    found = (module.__dict__.get(STATE) for module in model.modules())
+    state = next((state for state in found if state is not None), None)
+    if state is None or not state.by_prompt:
+        yield
+        return
+    outer, state.generation = state.generation, Generation(0, state.current.decisions)
+    try:
+        yield
+    finally:
+        state.generation = outer

@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.study.plan import Study, cells
 from htsr_alloc.study.store import Key
 from htsr_alloc.training.wilson import Z95
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
@@ -143,16 +146,17 @@ def write_into(path: Path, table: str) -> None:
     files.write_text(path, f"{before}{begin}\n{table}{end}{after}")
 
 
-def plot(study: Study, lines: Sequence[Line], path: Path) -> None:
+def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figure:
     """Each row's difference from the baseline with its interval and its seeds, task by task.
 
+    Args:
+        path: a file to write as well.
+
     Raises:
-        HtsrError: matplotlib is not installed, or there is nothing to compare yet.
+        HtsrError: there is nothing to compare yet, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise HtsrError("A figure needs matplotlib.", "pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     compared = [line for line in lines if line.difference is not None]
     tasks = [task for task in study.tasks if any(line.task == task for line in compared)]
     if not tasks:
@@ -173,7 +177,9 @@ def plot(study: Study, lines: Sequence[Line], path: Path) -> None:
         axes.set_xlabel(f"points over {study.baseline}\n(bars: 95 %, ticks: seeds)", fontsize=8)
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise files.cannot("write", path, error) from None
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise files.cannot("write", path, error) from None
+    return figure

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import after_prompt
 from htsr_alloc.lora_moe.report import evaluating
 from htsr_alloc.training.rows import Row
 from htsr_alloc.training.tokens import answer, continuation, pad_id, question
@@ -161,13 +162,14 @@ def _choose(
         kept = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in parts], device=device)
         logits = first
         if longest > 1:
-            after = model(
-                input_ids=tokens[:, :-1],
-                attention_mask=torch.cat([mask, kept[:, :-1]], -1),
-                position_ids=positions[:, -1:] + 1 + torch.arange(longest - 1, device=device),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with after_prompt(model):
+                after = model(
+                    input_ids=tokens[:, :-1],
+                    attention_mask=torch.cat([mask, kept[:, :-1]], -1),
+                    position_ids=positions[:, -1:] + 1 + torch.arange(longest - 1, device=device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             cache.crop(1 - longest)
             logits = torch.cat([first, after.logits.float()], 1)  # (B, C, V)
         chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
