@@ -66,14 +66,15 @@ def test_rational_starts_at_gelu():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
 )
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("how", POOLERS)
 def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
     """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j.
 
-    The values, and the gradients of a random projection of them.
+    The values, and the gradients of a random projection of them; the formula is in float64.
+    The activation's gradients are sums that cancel: twice the tolerance.
     """
     model = em(em_pooler=how, em_dora=dora, model=tiny.llama(dtype=dtype))
     block, seen = model.get_base_model().model.layers[0], {}
@@ -87,10 +88,13 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
     model(input_ids=tiny.tokens(), attention_mask=mask)
     layers = list(layers_of(block))
-    host = {n.split(".")[0]: p for n, p in layers[0].named_parameters() if "base" not in n}
+    own = {n.split(".")[0]: p for n, p in layers[0].named_parameters() if "base" not in n}
+    host = {name: value.double() for name, value in own.items()}
     picks = []
     for row in range(2):
-        states = [h for h, kept in zip(seen["hidden"][row], mask[row], strict=True) if kept]
+        states = [
+            h.double() for h, kept in zip(seen["hidden"][row], mask[row], strict=True) if kept
+        ]
         vector = host["lora_moe_pool"] if how == "attention" else None
         pooled = prompt.pool(
             torch.stack(states)[None], torch.ones(1, len(states)).bool(), how, vector
@@ -104,14 +108,14 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
         picks.append((int(p.argmax()), p.max()))
     ours, theirs = [], []
     for index, layer in enumerate(layers):
-        x, out = seen[layer.name]
-        a, b = layer.lora_moe_A["default"], layer.lora_moe_B["default"]
-        weight = layer.base_layer.weight
+        x, out = (value.double() for value in seen[layer.name])
+        a, b = layer.lora_moe_A["default"].double(), layer.lora_moe_B["default"].double()
+        weight = layer.base_layer.weight.double()
         for row, (pick, p) in enumerate(picks):
             adapted = weight + 8.0 * b @ a
             if dora:
                 adapted = (
-                    layer.lora_moe_magnitude["default"][:, None]
+                    layer.lora_moe_magnitude["default"].double()[:, None]
                     * adapted
                     / adapted.norm(dim=1).detach()[:, None]
                 )
@@ -132,13 +136,13 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
         )
         for outputs in (ours, theirs)
     ]
-    routed = [i for i, p in enumerate(trained) if p is host["lora_moe_router"]]
+    routed = [i for i, p in enumerate(trained) if p is own["lora_moe_router"]]
     assert grads[0][routed[0]].abs().max() > 0
     for got, want in zip(*grads, strict=True):
         if want is None:
             want = torch.zeros(())
         got = torch.zeros(()) if got is None else got
-        assert (got - want).abs().max() <= tolerance * max(1, want.abs().max())
+        assert (got - want).abs().max() <= 2 * tolerance * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)
