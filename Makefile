@@ -59,7 +59,7 @@ train-demo: .venv/test
 
 study: .venv/test
 	@$(BIN)/python data/checkpoints.py smollm2 --with-gguf --out $(SMOLLM2) >/dev/null
-	@$(BIN)/python data/tasks.py reviews quartz chain_sum >/dev/null
+	@$(BIN)/python data/tasks.py sarcasm reviews quartz chain_sum >/dev/null
 	$(BIN)/htsr study data/study/smollm2.yaml --into docs/STUDY.md --figure docs/study.png
 
 lint: .venv/lint

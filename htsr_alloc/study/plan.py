@@ -22,12 +22,16 @@ UNTRAINED = "none"  # the system of a row that only evaluates the model
 
 @dataclass(frozen=True)
 class Task:
-    """JSON lines to train on and to test on; ``valid`` is for EM-LoRA's activations."""
+    """JSON lines to train on and to test on; ``valid`` is for EM-LoRA's activations.
+
+    ``steps`` is None where the study's recipe says how many.
+    """
 
     train: Path
     test: Path
     valid: Path | None = None
     test_rows: int | None = None  # the first so many
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,14 @@ class Study:
             groups=parse_groups(row.groups) if row.groups else (),
         )
 
-    def recipe_of(self, row: RowSpec, seed: int) -> Recipe:
-        """The study's recipe with this seed, and the row's learning rate if it has one."""
-        rate = row.learning_rate or self.recipe.learning_rate
-        return dataclasses.replace(self.recipe, seed=seed, learning_rate=rate)
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """The study's recipe with the cell's seed, its task's steps and its row's rate, if any."""
+        return dataclasses.replace(
+            self.recipe,
+            seed=cell.seed,
+            steps=self.tasks[cell.task].steps or self.recipe.steps,
+            learning_rate=cell.row.learning_rate or self.recipe.learning_rate,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ def fingerprint(study: Study, cell: Cell) -> str:
         "test_rows": task.test_rows,
         "row": {k: v for k, v in dataclasses.asdict(row).items() if k not in ("name", "main")},
         "metrics": files.sha256(row.metrics or study.metrics),
-        "recipe": dataclasses.asdict(study.recipe_of(row, cell.seed)),
+        "recipe": dataclasses.asdict(study.recipe_of(cell)),
     }
     parts["row"].pop("metrics")
     for name in ("experts", "r", "lora_alpha", "lora_dropout", "max_length", "dtype"):

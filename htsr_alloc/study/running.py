@@ -92,7 +92,7 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
                 model,
                 _examples(study.model, task.train, study.max_length),
                 Path(folder),
-                study.recipe_of(cell.row, cell.seed),
+                study.recipe_of(cell),
                 pad=tokens.pad_id(tokenizer),
                 activations=_validation(study, cell),
                 device=device,
