@@ -387,7 +387,7 @@ def spoil(name):
         (None, ["--metric", "beta"], "There is no metric 'beta'."),
         (None, ["--view", "pie"], "There is no view 'pie'."),
         (None, ["--view", "allocation"], "needs an allocation file"),
-        (None, ["--view", "layers", "--layer", 1], "shows all matrices"),
+        (None, ["--view", "layers", "--layer", 1], "The layers view shows all matrices"),
         (None, ["minilm.metrics.json", "--view", "heatmap"], "takes one metrics file"),
         (None, ["missing.json"], "Cannot read missing.json: No such file"),
         (None, ["minilm.spectra.safetensors"], "is neither a metrics nor an allocation file"),

@@ -105,6 +105,14 @@ def allocate(
             "--target says which linears --per-module or a parameter budget is about.",
             "A count for each layer holds for whatever is adapted: leave it out.",
         )
+    if pool != "role" and not per_module:
+        raise HtsrError(f"--pool {pool} is about --per-module.", "Give both, or neither.")
+    if groups and strategy != "mola":
+        raise HtsrError("--groups are the mola strategy's.", "Give --strategy mola with them.")
+    if experts and strategy != "explicit":
+        raise HtsrError(
+            "--experts are the explicit strategy's.", "Give --strategy explicit with them."
+        )
     limits = bounds or Bounds()
     prefixes = _prefixes(metrics, layers, experts, scores)
     units = _units(metrics, prefixes, per_module, targets, chosen)

@@ -32,7 +32,9 @@ def allocate(
     target_share: Annotated[
         Optional[str], typer.Option(help="The same as a share of the base model: 1%.")
     ] = None,
-    r: Annotated[int, typer.Option("--r", help="Rank of one expert, for --params.")] = 8,
+    r: Annotated[
+        int, typer.Option("--r", "--lora-r", help="Rank of one expert, for --params.")
+    ] = 8,
     beta: Annotated[Optional[float], typer.Option(help="Exponent of eq. 6; default 2.5.")] = None,
     spread: Annotated[
         Optional[float], typer.Option(help="Solve beta for: largest quota / smallest.")

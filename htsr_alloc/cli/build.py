@@ -28,7 +28,7 @@ def build(
     target: Annotated[
         Optional[list[str]], typer.Option(help="Adapt linears of this name; repeatable.")
     ] = None,
-    r: Annotated[int, typer.Option("--r", help="Rank of one expert.")] = 8,
+    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="Numerator of the LoRA scale.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout on the experts' input.")] = 0.05,
     output: Annotated[

@@ -32,7 +32,7 @@ def export(
     target: Annotated[
         Optional[list[str]], typer.Option(help="Adapt modules of this name; repeatable.")
     ] = None,
-    r: Annotated[int, typer.Option("--r", help="Rank of one expert.")] = 8,
+    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="Numerator of the LoRA scale.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
     revision: Revision = None,

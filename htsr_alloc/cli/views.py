@@ -83,7 +83,8 @@ def show_inspection(
     shards = checkpoint.listing.shards
     screen.note(
         f"{checkpoint.name}: {len(layer_map.prefixes)} layers, {len(layer_map.matrices)} matrices, "
-        f"{size(sum(shard.nbytes for shard in shards))} in {len(shards)} files; analyze takes "
+        f"{size(sum(shard.nbytes for shard in shards))} in {len(shards)} "
+        f"{'file' if len(shards) == 1 else 'files'}; analyze takes "
         f"about {duration(cost.seconds or 0)} and "
         f"at most {size(cost.peak_bytes)} of memory on this machine's CPU (--max-memory can bring "
         f"that down to {size(cost.least_bytes)})."
@@ -142,9 +143,8 @@ def show_allocation(
         said = ", ".join(f"{key} {_said(value)}" for key, value in given.items())
         said += f", scores {strategy.scores.file}" if strategy.scores else ""
         said += ", FARMS windows" if strategy.farms else ""
-        screen.note(
-            f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers; {said}"
-        )
+        line = f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers"
+        screen.note(f"{line}; {said}" if said else line)
     if result.parameters is not None:
         money = result.parameters
         screen.note(

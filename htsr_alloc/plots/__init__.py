@@ -54,7 +54,9 @@ def plot(
     if chosen not in VIEWS:
         raise HtsrError(f"There is no view {chosen!r}.", f"Choose from {', '.join(VIEWS)}.")
     if chosen != "esd" and (matrix or layer or role):
-        raise HtsrError(f"A {chosen} shows all matrices.", "Leave --matrix, --layer, --role out.")
+        raise HtsrError(
+            f"The {chosen} view shows all matrices.", "Leave --matrix, --layer, --role out."
+        )
     if output is not None:
         style.format_of(Path(output))
     found = [_opened(source) for source in sources]
