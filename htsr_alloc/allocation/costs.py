@@ -83,6 +83,8 @@ def parse_share(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
     share = float(match[1]) / (100 if match[2] else 1) if match else 0
+    if match and not match[2] and share >= 1:
+        raise HtsrError(f"{text} is {share:.0%} of the base.", f"Write {text}% or {share / 100}.")
     if not 0 < share <= 1:
         raise HtsrError(f"{text!r} is no share such as 1% or 0.01.")
     return share

@@ -33,8 +33,9 @@ def allocate(
         Optional[str], typer.Option(help="The same as a share of the base model: 1%.")
     ] = None,
     r: Annotated[
-        int, typer.Option("--r", "--lora-r", help="Rank of one expert, for --params.")
-    ] = 8,
+        Optional[int],
+        typer.Option("--r", "--lora-r", help="Rank of one expert, for --params; default 8."),
+    ] = None,
     beta: Annotated[Optional[float], typer.Option(help="Exponent of eq. 6; default 2.5.")] = None,
     spread: Annotated[
         Optional[float], typer.Option(help="Solve beta for: largest quota / smallest.")
@@ -49,7 +50,9 @@ def allocate(
     scores: Annotated[
         Optional[Path], typer.Option(help="Scores from a CSV or JSON file, in place of a metric.")
     ] = None,
-    column: Annotated[str, typer.Option(help="The column of --scores.")] = "score",
+    column: Annotated[
+        Optional[str], typer.Option(help="The column of --scores; default score.")
+    ] = None,
     per_module: Annotated[
         bool, typer.Option("--per-module", help="A count for each linear, not for each layer.")
     ] = False,
@@ -80,8 +83,10 @@ def allocate(
             "--sensitivity", help="Also show how the counts change with estimator, beta, matrices."
         ),
     ] = False,
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of --sensitivity.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    draws: Annotated[
+        Optional[int], typer.Option(help="Bootstrap draws of --sensitivity; default 200.")
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of the bootstrap; default 0.")] = None,
     output: OutFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -90,8 +95,19 @@ def allocate(
     from htsr_alloc import allocation, files, records
 
     screen = Screen(as_json, quiet)
+    by_params = params is not None or target_share is not None
+    to_stdout = output is not None and str(output) == "-"
+    _refuse_idle(
+        {
+            "--r matters to --params and --target-share alone": r is not None and not by_params,
+            "--column is one of --scores": column is not None and scores is None,
+            "--draws and --seed are those of --sensitivity": not sensitivity
+            and (draws is not None or seed is not None),
+            "--sensitivity is a table, and -o - prints the allocation": sensitivity and to_stdout,
+        }
+    )
     loaded, source, stem = None, None, strategy
-    given = allocation.read_scores(scores, column) if scores is not None else None
+    given = allocation.read_scores(scores, column or "score") if scores is not None else None
     needs_no_metrics = strategy in ("uniform", "mola", "explicit") and (layers or experts)
     if given is not None and given.key != "module" and params is None and target_share is None:
         needs_no_metrics, stem = True, given.source.file.rpartition(".")[0]
@@ -113,7 +129,7 @@ def allocate(
         "T": budget,
         "params": allocation.parse_params(params) if params is not None else None,
         "target_share": allocation.parse_share(target_share) if target_share is not None else None,
-        "r": r,
+        "r": 8 if r is None else r,
         "beta": beta,
         "spread": spread,
         "metric": metric,
@@ -135,14 +151,21 @@ def allocate(
 
         if loaded is None or metrics is None:
             raise HtsrError("--sensitivity needs a metrics file.")
-        report = measure(loaded, metrics, request, draws=draws, seed=seed)
-    if output is not None and str(output) == "-":
+        report = measure(loaded, metrics, request, draws=200 if draws is None else draws, seed=seed or 0)
+    if to_stdout:
         screen.text(records.dumps(result))
         return
     path = output or Path(f"{stem}.allocation.json")
     files.write_text(path, records.dumps(result))
     views.show_allocation(screen, result, report)
     screen.note(f"wrote {path}")
+
+
+def _refuse_idle(idle: dict[str, bool]) -> None:
+    """Options that would do nothing: name -> whether it is given without what it is for."""
+    for text, is_idle in idle.items():
+        if is_idle:
+            raise HtsrError(f"{text}.", "Leave it out.")
 
 
 def newest_metrics() -> Path:

@@ -159,16 +159,16 @@ def _said(value: object) -> str:
 
 
 def show_sensitivity(screen: Screen, found: Sensitivity) -> None:
-    """One row a layer: its range under each cause, and the share of draws with the same count."""
+    """One row a layer: its range under each cause, and the share of draws within one expert."""
     causes = list(found.causes)
     rows = []
     for layer in found.layers:
         cells: list[object] = [layer.layer, layer.prefix or "-", layer.experts]
         for cause in causes:
             seen = layer.ranges[cause]
-            cells += [f"{seen.low}-{seen.high}", f"{seen.same:.0%}"]
+            cells += [f"{seen.low}-{seen.high}", f"{seen.near:.0%}"]
         rows.append([*cells, "stable" if layer.stable else ""])
-    columns = [name for cause in causes for name in (cause, "same")]
+    columns = [name for cause in causes for name in (cause, "±1")]
     screen.table(["layer", "prefix", "experts", *columns, ""], rows, left=["prefix", ""])
     for cause, draws in found.causes.items():
         said = f"{draws} draws, seed {found.seed}" if isinstance(draws, int) else draws

@@ -112,6 +112,7 @@ class Allocation:
     parameters: Parameters | None = field(default=None, metadata=ADDED)
 
     FORMAT: typing.ClassVar[str] = "htsr.allocation"
+    HINT: typing.ClassVar[str] = "htsr allocate writes such files."
     VERSION: typing.ClassVar[int] = 1
 
     def to_pandas(self, table: str = "layers") -> DataFrame:

@@ -161,6 +161,7 @@ class Metrics:
     skipped: tuple[Skipped, ...]
 
     FORMAT: typing.ClassVar[str] = "htsr.metrics"
+    HINT: typing.ClassVar[str] = "htsr analyze writes such files."
     VERSION: typing.ClassVar[int] = 1
 
     def to_pandas(self, table: str = "layers") -> DataFrame:
