@@ -309,8 +309,11 @@ def test_what_is_neither_is_refused():
     for text in ("", "0", "M", "1e6", "-3", "10 MB"):
         with pytest.raises(HtsrError, match="no number of parameters"):
             parse_params(text)
-    for text in ("", "0", "0%", "101%", "1.5", "-1%", "one"):
+    for text in ("", "0", "0%", "101%", "-1%", "one"):
         with pytest.raises(HtsrError, match="no share"):
+            parse_share(text)
+    for text in ("1", "1.5"):
+        with pytest.raises(HtsrError, match=f"{float(text):.0%} of the base"):
             parse_share(text)
 
 

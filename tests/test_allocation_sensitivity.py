@@ -117,8 +117,8 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     done = invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5)
     assert done.rc == 0
     header = done.stdout.splitlines()[31].split()
-    assert header == ["layer", "prefix", "experts", "estimator", "same", "beta", "same",
-                      "matrices", "same"]  # fmt: skip
+    assert header == ["layer", "prefix", "experts", "estimator", "±1", "beta", "±1",
+                      "matrices", "±1"]  # fmt: skip
     assert len(done.stdout.splitlines()) == 62
     assert "matrices: 5 draws, seed 0" in done.stderr
     result = json.loads(
@@ -129,3 +129,19 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     (data / "smollm2.spectra.safetensors").unlink()
     done = invoke("allocate", "--T", 160, "--sensitivity")
     assert (done.rc, done.stderr.splitlines()[-1].partition(":")[0]) == (1, "hint")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--r", 4), "--r matters to --params"),
+        (("--column", "x"), "--column is one of --scores"),
+        (("--draws", 5), "those of --sensitivity"),
+        (("--seed", 0), "those of --sensitivity"),
+        (("--sensitivity", "-o", "-"), "-o - prints the allocation"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said, invoke):
+    done = invoke("allocate", ROOT / "data" / "minilm.metrics.json", "--T", 30, *options)
+    assert done.rc == 1
+    assert said in done.stderr

@@ -151,7 +151,9 @@ def allocate(
 
         if loaded is None or metrics is None:
             raise HtsrError("--sensitivity needs a metrics file.")
-        report = measure(loaded, metrics, request, draws=200 if draws is None else draws, seed=seed or 0)
+        report = measure(
+            loaded, metrics, request, draws=200 if draws is None else draws, seed=seed or 0
+        )
     if to_stdout:
         screen.text(records.dumps(result))
         return

@@ -60,7 +60,9 @@ def loads(kind: type[Record], text: str | bytes, source: str) -> Record:
     except RecursionError:
         raise HtsrError(f"{source} is nested too deeply to be {kind.FORMAT}.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise HtsrError(f"{source} is not a valid {kind.FORMAT} file: {error}.", kind.HINT) from None
+        raise HtsrError(
+            f"{source} is not a valid {kind.FORMAT} file: {error}.", kind.HINT
+        ) from None
     return record
 
 
