@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from htsr_alloc import files
 from htsr_alloc.allocation import Bounds, allocate, parse_groups
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Allocation, Metrics, loads
+from htsr_alloc.records import METRICS, Allocation, Metrics, loads
 from htsr_alloc.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def fingerprint(study: Study, cell: Cell) -> str:
         "valid": files.sha256(task.valid) if task.valid else None,
         "test_rows": task.test_rows,
         "row": {k: v for k, v in dataclasses.asdict(row).items() if k not in ("name", "main")},
-        "metrics": files.sha256(row.metrics or study.metrics),
+        "scores": _scores(row.metrics or study.metrics),
         "recipe": dataclasses.asdict(study.recipe_of(cell)),
     }
     parts["row"].pop("metrics")
@@ -143,6 +143,12 @@ def fingerprint(study: Study, cell: Cell) -> str:
         parts[name] = getattr(study, name)
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _scores(path: Path) -> list[tuple[float | None, ...]]:
+    """What an allocation takes from a metrics file; the rest of it may change."""
+    metrics = loads(Metrics, files.read_bytes(path), path.name)
+    return [tuple(getattr(layer, name) for name in METRICS) for layer in metrics.layers]
 
 
 def read_study(path: Path) -> Study:
