@@ -27,6 +27,27 @@ def collate(features):
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
+def sft_arguments(out, **changes):
+    """TRL's SFTConfig over rows that are tokenised already."""
+    from trl import SFTConfig
+
+    settings = {
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return SFTConfig(output_dir=str(out), **{**settings, **changes})
+
+
 def trainer(model, out, batch=4, accumulate=1, steps=4, callbacks=(), kind=None, **settings):
     """transformers.Trainer (or ``kind``, a subclass) with nothing special about it."""
     from transformers import Trainer, TrainingArguments

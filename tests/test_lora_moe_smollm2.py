@@ -135,28 +135,14 @@ def test_trains_resumes_reloads_and_generates(system, checkpoint, tmp_path):
 def test_trains_in_sft_trainer(system, checkpoint, tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     datasets = pytest.importorskip("datasets", reason="TRL is not installed")
-    from trl import SFTConfig, SFTTrainer
+    from moe_train import sft_arguments
+    from trl import SFTTrainer
 
     model = adapted(checkpoint("smollm2"), system)
     before = loss_of(model, system)
     run = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            max_steps=4,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
+        args=sft_arguments(tmp_path, max_steps=4, learning_rate=1e-3),
         train_dataset=datasets.Dataset.from_list(data(system)),
         data_collator=collate,
         processing_class=tokenizer(tmp_path),

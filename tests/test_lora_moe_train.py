@@ -16,7 +16,7 @@ from conftest import environment
 pytest.importorskip("peft", reason="needs the extra [train]")
 pytest.importorskip("accelerate", reason="needs the extra [train]")
 
-from moe_train import rows, trainer
+from moe_train import rows, sft_arguments, trainer
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -104,27 +104,12 @@ def test_sft_trainer_weighs_the_balance_loss_the_same(tmp_path):
     """TRL computes its loss from log-probabilities outside the model's own loss."""
     pytest.importorskip("trl", reason="TRL is not installed")
     datasets = pytest.importorskip("datasets", reason="TRL is not installed")
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     data = datasets.Dataset.from_list(rows())
-    arguments = SFTConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=3,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        optim="sgd",  # Adam would hide the gradient's size
-        dataset_kwargs={"skip_prepare_dataset": True},
+    # Adam would hide the gradient's size.
+    arguments = sft_arguments(
+        tmp_path, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2, optim="sgd"
     )
     from moe_train import collate
 

@@ -13,11 +13,11 @@ from htsr_alloc.cli.screen import Screen
 
 
 def train(
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    data: Annotated[Path, typer.Option(help="Rows to train on, JSON lines.")],
     allocation: Annotated[
         Optional[Path], typer.Argument(help="An allocation file; EM-LoRA takes none.")
     ] = None,
-    model: Annotated[Path, typer.Option(help="The model's folder.")] = ...,  # type: ignore[assignment]
-    data: Annotated[Path, typer.Option(help="Rows to train on, JSON lines.")] = ...,  # type: ignore[assignment]
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's folder.")] = Path(
         "adapter"
     ),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
@@ -28,8 +29,12 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock_path = path.with_name(f".{path.name}.lock")
+
+    @functools.cached_property
+    def _lock(self) -> BinaryIO:
+        """Open from the first claim to the end of the process; who only reads needs none."""
         try:
-            self._lock = open(self.lock_path, "ab")  # noqa: SIM115 - held for the process's life
+            return open(self.lock_path, "ab")
         except OSError as error:
             raise files.cannot("write", self.lock_path, error) from None
 
