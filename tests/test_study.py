@@ -263,3 +263,21 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     assert done.stdout in text
     assert "old" not in text
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_a_cell_hangs_on_the_scores_and_not_on_the_metrics_files_other_bytes(plan):
+    study = read_study(plan)
+    cell, path = cells(study)[0], plan.parent / "tiny.metrics.json"
+    first, metrics = fingerprint(study, cell), json.loads(path.read_text())
+    metrics["tool"]["created"] = "2001-01-01T00:00:00Z"
+    path.write_text(json.dumps(metrics))
+    assert fingerprint(study, cell) == first
+    metrics["layers"][0]["pl_alpha_hill"] *= 1.01
+    path.write_text(json.dumps(metrics))
+    assert fingerprint(study, cell) != first
+
+
+def test_reading_results_writes_nothing(plan):
+    before = set(plan.parent.iterdir())
+    assert Store(plan.parent / "results.jsonl").read() == {}
+    assert set(plan.parent.iterdir()) == before
