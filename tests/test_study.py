@@ -225,7 +225,54 @@ def test_paired_differences_by_hand():
     assert found.by_seed == (0.5, 0.0)
     assert found.mean == 0.25
     # By row over seeds: 1, 1/2, 0, -1/2; deviation 0.6455, over sqrt(4), times 1.96.
-    assert found.half == pytest.approx(1.959964 * 0.6454972 / 2, abs=1e-6)
+    assert found.over_rows == pytest.approx(1.959964 * 0.6454972 / 2, abs=1e-6)
+    # The seeds' deviation 0.35355, over sqrt(2); Student's t with one degree is 12.7062.
+    assert found.over_seeds == pytest.approx(12.7062 * 0.3535534 / 2**0.5, abs=1e-4)
+    assert summary.difference(["10"], ["01"]).over_seeds is None
+
+
+def test_the_mean_over_tasks_by_hand():
+    def line(task, accuracy, difference):
+        return summary.Line(task, "a", 2, 10, 7, accuracy, 0.03, accuracy / 10, difference)
+
+    differences = [
+        summary.Difference(0.1, 0.03, 12.7062 * 0.02, (0.08, 0.12)),
+        summary.Difference(-0.04, 0.04, 12.7062 * 0.01, (-0.05, -0.03)),
+    ]
+    made = summary.over_tasks([line("x", 0.5, differences[0]), line("y", 0.7, differences[1])])
+    assert (made.task, made.row, made.rows) == ("all tasks", "a", 20)
+    assert made.accuracy == pytest.approx(0.6)
+    assert made.loss == pytest.approx(0.06)
+    assert made.deviation == pytest.approx(0.03 / 2**0.5)
+    assert made.difference.mean == pytest.approx(0.03)
+    assert made.difference.over_rows == pytest.approx(0.025)
+    # Standard errors 0.02 and 0.01 on one degree each: two degrees, t is 4.30265.
+    assert made.difference.over_seeds == pytest.approx(4.30265 * 0.0005**0.5 / 2, abs=1e-6)
+    assert made.difference.by_seed == pytest.approx((0.015, 0.045))
+
+
+def test_all_tasks_hold_the_rows_that_every_task_has(plan):
+    study = read_study(plan)
+    first, *_, last = study.tasks
+    made = {
+        (task, row, 1): {"accuracy": 0.5, "hits": "10", "loss": 1.0, "n": 2, "trainable": 3}
+        for task in study.tasks
+        for row in ("uniform", "LoRA", "untrained")
+    }
+    del made[last, "LoRA", 1]
+    assert first != last
+    found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
+    assert found == ["untrained", "uniform"]
+
+
+def test_the_main_rows_of_every_task_come_first(plan):
+    study = read_study(plan)
+    planned = [cell.key for cell in cells(study)]
+    main = {row.name for row in study.rows if row.main}
+    assert len(set(planned)) == len(planned)
+    count = len(main) * len(study.seeds) * len(study.tasks)
+    assert all(row in main for _, row, _ in planned[:count])
+    assert all(row not in main and seed == 1 for _, row, seed in planned[count:])
 
 
 def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
@@ -254,9 +301,9 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     assert done.rc == 0, done.stderr
     table = done.stdout.splitlines()
     assert table[2].startswith("| words | untrained | 1 | 1,234 | 0.0% | - | -50.0% |")
-    assert table[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | - | - | 0.500 |")
+    assert table[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | - | - | - | 0.500 |")
     assert table[4].startswith("|  | LoRA | 2 | 1,234 | 87.5% | 17.7% | +50.0% | ±")
-    assert "5 of 12 cells; n = 4 test rows each" in done.stdout
+    assert "5 of 12 cells; n = 4 test rows a task" in done.stdout
     text = (tmp_path / "doc.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

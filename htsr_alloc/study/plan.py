@@ -115,13 +115,13 @@ class Cell:
 
 
 def cells(study: Study) -> list[Cell]:
-    """Task by task: the main rows seed by seed, then the others with the first seed."""
-    made = []
-    for task in study.tasks:
-        for seed in study.seeds:
-            made += [Cell(task, row, seed) for row in study.rows if row.main]
-        made += [Cell(task, row, study.seeds[0]) for row in study.rows if not row.main]
-    return made
+    """The main rows of every task, seed by seed; then the others with the first seed."""
+    main = [row for row in study.rows if row.main]
+    others = [row for row in study.rows if not row.main]
+    return [
+        *(Cell(task, row, s) for task in study.tasks for s in study.seeds for row in main),
+        *(Cell(task, row, study.seeds[0]) for task in study.tasks for row in others),
+    ]
 
 
 def fingerprint(study: Study, cell: Cell) -> str:

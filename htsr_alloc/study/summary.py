@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scipy.special import stdtrit
+
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.study.plan import Study, cells
@@ -18,20 +20,22 @@ from htsr_alloc.training.wilson import Z95
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ALL = "all tasks"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row less the baseline, over the seeds that both have.
+    """A row less the baseline in accuracy, over the seeds that both have.
 
-    ``half`` is half of the 95 % interval over test rows, each row's difference being averaged
-    over seeds first: it says whether these trained models differ on other rows of the task. What
-    other seeds would do, ``by_seed`` shows.
+    ``over_rows`` and ``over_seeds`` are halves of 95 % intervals. The first says whether these
+    trained models differ on other rows of the task (each row's difference is averaged over seeds
+    first); the second, what other seeds would do on these rows (Student's t; None for one seed).
     """
 
     mean: float
-    half: float
+    over_rows: float
+    over_seeds: float | None
     by_seed: tuple[float, ...]
 
 
@@ -51,7 +55,10 @@ class Line:
 
 
 def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]:
-    """A line for each task and row that has a result, in the study's order."""
+    """A line for each task and row that has a result, in the study's order; then ``ALL``.
+
+    The lines of ``ALL`` are means over tasks, for the rows that every task has with the same seeds.
+    """
     lines = []
     for task in study.tasks:
         base = {s: done[k] for s in study.seeds if (k := (task, study.baseline, s)) in done}
@@ -61,7 +68,6 @@ def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]
                 continue
             found = list(own.values())
             accuracies = [cell["accuracy"] for cell in found]
-            losses = [cell["loss"] for cell in found]
             common = sorted(own.keys() & base.keys())
             compared = bool(common) and row.name != study.baseline
             lines.append(
@@ -73,12 +79,17 @@ def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]
                     found[0]["trainable"],
                     statistics.mean(accuracies),
                     statistics.stdev(accuracies) if len(own) > 1 else None,
-                    statistics.mean(losses),
+                    statistics.mean(cell["loss"] for cell in found),
                     difference([own[s]["hits"] for s in common], [base[s]["hits"] for s in common])
                     if compared
                     else None,
                 )
             )
+    if len(study.tasks) > 1:
+        for row in study.rows:
+            own_lines = [line for line in lines if line.row == row.name]
+            if len(own_lines) == len(study.tasks) and len({line.seeds for line in own_lines}) == 1:
+                lines.append(over_tasks(own_lines))
     return lines
 
 
@@ -91,13 +102,56 @@ def difference(own: Sequence[str], base: Sequence[str]) -> Difference:
     n, seeds = len(own[0]), len(own)
     by_row = [sum(int(x[i]) - int(y[i]) for x, y in zip(own, base, strict=True)) for i in range(n)]
     error = statistics.stdev([d / seeds for d in by_row]) / math.sqrt(n) if n > 1 else math.nan
-    return Difference(statistics.mean(by_seed), Z95 * error, by_seed)
+    over_seeds = None
+    if seeds > 1:
+        over_seeds = t95(seeds - 1) * statistics.stdev(by_seed) / math.sqrt(seeds)
+    return Difference(statistics.mean(by_seed), Z95 * error, over_seeds, by_seed)
+
+
+def over_tasks(lines: Sequence[Line]) -> Line:
+    """One row's mean over its tasks; tasks, their rows and their seeds are independent.
+
+    The seeds' interval pools the tasks' degrees of freedom, so that three seeds of four tasks
+    count as eight and not as two.
+    """
+    first, k = lines[0], len(lines)
+    found = [line.difference for line in lines]
+    together = None
+    if all(found):
+        parts = [d for d in found if d is not None]
+        seeds = [d.over_seeds / t95(len(d.by_seed) - 1) for d in parts if d.over_seeds is not None]
+        over_seeds = None
+        if len(seeds) == k:
+            over_seeds = t95(sum(len(d.by_seed) - 1 for d in parts)) * math.hypot(*seeds) / k
+        together = Difference(
+            statistics.mean(d.mean for d in parts),
+            math.hypot(*(d.over_rows for d in parts)) / k,
+            over_seeds,
+            tuple(map(statistics.mean, zip(*(d.by_seed for d in parts), strict=False))),
+        )
+    deviations = [line.deviation for line in lines if line.deviation is not None]
+    return Line(
+        ALL,
+        first.row,
+        first.seeds,
+        sum(line.rows for line in lines),
+        first.trainable,
+        statistics.mean(line.accuracy for line in lines),
+        math.hypot(*deviations) / k if len(deviations) == k else None,
+        statistics.mean(line.loss for line in lines),
+        together,
+    )
+
+
+def t95(freedom: int) -> float:
+    """The half-width of a 95 % interval of Student's t, in standard errors."""
+    return float(stdtrit(freedom, 0.975))
 
 
 def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> str:
     """The table, and how much of the study it holds."""
-    head = "| task | row | seeds | trainable | accuracy | sd | less {} | 95 % | loss |"
-    text = [head.format(study.baseline), "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    head = "| task | row | seeds | trainable | accuracy | sd | less {} | rows | seeds | loss |"
+    text = [head.format(study.baseline), "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     before = None
     for line in lines:
         d = line.difference
@@ -112,22 +166,24 @@ def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> st
                     f"{line.accuracy:.1%}",
                     f"{line.deviation:.1%}" if line.deviation is not None else "-",
                     f"{d.mean:+.1%}" if d else "-",
-                    f"±{d.half:.1%}" if d else "-",
+                    f"±{d.over_rows:.1%}" if d else "-",
+                    f"±{d.over_seeds:.1%}" if d and d.over_seeds is not None else "-",
                     f"{line.loss:.3f}",
                 ]
             )
             + " |"
         )
         before = line.task
-    sizes = sorted({line.rows for line in lines})
+    sizes = sorted({line.rows for line in lines if line.task != ALL})
     planned = cells(study)
     finished = sum(cell.key in done for cell in planned)
     text += [
         "",
-        f"{finished} of {len(planned)} cells; n = {', '.join(map(str, sizes))} test rows each. "
+        f"{finished} of {len(planned)} cells; n = {', '.join(map(str, sizes))} test rows a task. "
         "*accuracy* and *loss* (of the right answer, per token) are means over seeds and *sd* is "
         f"the seeds' standard deviation. *less {study.baseline}* is the mean paired difference "
-        "over the seeds that both have, and *95 %* its interval over test rows, given these seeds.",
+        "over the seeds that both have, with two 95 % intervals: *rows* is over test rows, given "
+        "these seeds, and *seeds* over seeds, given these rows (Student's t).",
     ]
     return "\n".join(text) + "\n"
 
@@ -158,7 +214,7 @@ def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figur
     from matplotlib.figure import Figure
 
     compared = [line for line in lines if line.difference is not None]
-    tasks = [task for task in study.tasks if any(line.task == task for line in compared)]
+    tasks = list(dict.fromkeys(line.task for line in compared))
     if not tasks:
         raise HtsrError("There is no pair to compare yet.", "Run more of the study.")
     names = [row.name for row in study.rows if any(line.row == row.name for line in compared)]
@@ -171,10 +227,12 @@ def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figur
                 continue
             d, y = line.difference, names.index(line.row)
             assert d is not None
-            axes.errorbar(100 * d.mean, y, xerr=100 * d.half, fmt="o", color="C0", ms=4, lw=1)
+            axes.errorbar(100 * d.mean, y, xerr=100 * d.over_rows, fmt="o", color="C0", ms=4, lw=1)
             axes.plot([100 * x for x in d.by_seed], [y] * len(d.by_seed), "|", color="C1", ms=8)
         axes.set_title(task)
-        axes.set_xlabel(f"points over {study.baseline}\n(bars: 95 %, ticks: seeds)", fontsize=8)
+        axes.set_xlabel(
+            f"points over {study.baseline}\n(bars: 95 % over rows, ticks: seeds)", fontsize=8
+        )
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     if path is not None:
