@@ -8,10 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.options import (
-    AsJson,
-    Quiet,
-)
+from htsr_alloc.cli.options import AsJson, Quiet
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -45,8 +42,10 @@ def build(
     from htsr_alloc.lora_moe.build import build as put_on
     from htsr_alloc.lora_moe.build import control as plain_lora
     from htsr_alloc.lora_moe.build import describe, empty_model, load, open_model, resolve_layers
+    from htsr_alloc.training.models import silence
 
     screen = Screen(as_json, quiet)
+    silence()
     loaded = load(allocation)
     if not dry_run and output is None:
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")

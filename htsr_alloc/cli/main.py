@@ -47,8 +47,9 @@ COMMANDS = (
     evaluate,
     study,
 )
-for command in COMMANDS:  # the order of --help
-    app.command()(ends_well(command))
+for command in COMMANDS:  # the order of --help, which cuts sentences that are not given to it
+    sentence = " ".join((command.__doc__ or "").partition("\n\n")[0].split())
+    app.command(short_help=sentence)(ends_well(command))
 
 
 def main() -> None:

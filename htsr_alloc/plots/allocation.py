@@ -55,7 +55,7 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     if count <= MANY:
         for text in axes.bar_label(bars, fontsize=7, padding=1):  # legible on a baseline
             text.set(zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")])
-    axes.set_ylabel("experts")
+    axes.set_ylabel("experts of all linears" if allocation.modules else "experts")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.1)
     number_layers(axes, count)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scipy.special import stdtrit
-
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.study.plan import Study, cells
@@ -145,6 +143,8 @@ def over_tasks(lines: Sequence[Line]) -> Line:
 
 def t95(freedom: int) -> float:
     """The half-width of a 95 % interval of Student's t, in standard errors."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(freedom, 0.975))
 
 
