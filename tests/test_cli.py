@@ -212,6 +212,10 @@ def test_help_of_every_command(invoke, command):
     assert done.stdout.startswith("Usage: ")
     for name in COMMANDS if not command else ():
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+    if not command:
+        said = done.stdout.partition("Commands:")[2]
+        assert "..." not in said  # whole sentences
+        assert len(re.findall(r"\.$", said, re.MULTILINE)) == len(re.findall(r"^  \w", said, re.M))
     assert invoke(*command, "-h").stdout == done.stdout
 
 

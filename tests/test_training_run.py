@@ -162,6 +162,7 @@ def test_two_processes_have_the_losses_of_one(invoke, work):
         (["--system", "em_lora"], "takes no allocation"),
         (["--target", "qq_proj"], "have no linear qq_proj"),
         (["--data", "none.jsonl"], "Cannot read"),
+        (["--data", "none.jsonl", "--model", "."], "Cannot read none.jsonl"),
         (["--model", "none"], "There is no folder none"),
     ],
 )

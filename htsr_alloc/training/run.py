@@ -88,13 +88,13 @@ def train(
     checkpoint = _earlier(run, resume)
     device = models.device_of(run.device)
     dtype = models.dtype_of(run.dtype, device)
+    rows = {"data": read_rows(run.data)}
+    rows["validation"] = [] if run.validation is None else read_rows(run.validation)
     tokenizer = tokens.open_tokenizer(run.model)
     encoded = {}
-    for name in ("data", "validation"):
-        path = getattr(run, name)
-        rows = [] if path is None else read_rows(path)
-        rows = tokens.as_chat(rows) if run.chat else rows
-        encoded[name] = [tokens.encode(row, tokenizer, run.max_length) for row in rows]
+    for name, given in rows.items():
+        given = tokens.as_chat(given) if run.chat else given
+        encoded[name] = [tokens.encode(row, tokenizer, run.max_length) for row in given]
     allocation = None if run.allocation is None else load(run.allocation)
     torch.manual_seed(run.recipe.seed)
     model: Any = run.adapter.put_on(models.open_causal_lm(run.model, dtype), allocation)
