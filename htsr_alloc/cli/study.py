@@ -15,6 +15,9 @@ def study(
     plan: Annotated[Path, typer.Argument(help="A study file, as data/study/smollm2.yaml.")],
     report: Annotated[bool, typer.Option("--report", help="Only report what is done.")] = False,
     limit: Annotated[Optional[int], typer.Option(help="Stop after so many cells.")] = None,
+    baseline: Annotated[
+        Optional[str], typer.Option(help="The row to take differences from; default the study's.")
+    ] = None,
     into: Annotated[
         Optional[Path], typer.Option(help="Also put the table into this document, at its marks.")
     ] = None,
@@ -34,7 +37,7 @@ def study(
     from htsr_alloc.training.models import device_of, silence
 
     screen = Screen(quiet=quiet)
-    asked = read_study(plan)
+    asked = read_study(plan, baseline)
     if not report:
         silence()
         run(asked, device_of(device), screen.note, limit)

@@ -151,8 +151,11 @@ def _scores(path: Path) -> list[tuple[float | None, ...]]:
     return [tuple(getattr(layer, name) for name in METRICS) for layer in metrics.layers]
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, baseline: str | None = None) -> Study:
     """A study file; its paths are relative to its own folder.
+
+    Args:
+        baseline: the row to compare with, where it is not to be the file's.
 
     Raises:
         HtsrError: no YAML, an unknown or missing key, two rows of one name, no baseline row.
@@ -180,7 +183,9 @@ def read_study(path: Path) -> Study:
         path,
         here,
     )
-    study = dataclasses.replace(study, seeds=tuple(study.seeds))
+    study = dataclasses.replace(
+        study, seeds=tuple(study.seeds), baseline=baseline or study.baseline
+    )
     names = [row.name for row in study.rows]
     if not study.tasks or not names or not study.seeds:
         raise HtsrError(f"{path.name} has no tasks, no rows or no seeds.")
