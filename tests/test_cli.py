@@ -204,6 +204,22 @@ def test_debug_shows_the_traceback(run):
     assert "Traceback" not in run("allocate", "--T", 3, env={"HTSR_DEBUG": "0"}).stderr
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_any_command_has_begun(name, code):
+    script = (
+        "import os, signal, typer.main\n"
+        "from htsr_alloc.cli.main import main\n"
+        f"typer.main.get_command = lambda app: os.kill(os.getpid(), signal.{name})\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_of_every_command(invoke, command):
     done = invoke(*command, "--help")

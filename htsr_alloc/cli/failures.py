@@ -62,14 +62,19 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def say_stopped() -> int:
+    """Say that a signal ended the command; the exit code."""
+    number = _received[0] if _received else signal.SIGINT
+    Screen().warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
+    return 128 + number
+
+
 def _ending(error: BaseException) -> BaseException:
     """Say it in a sentence: the exit that follows. An unknown error stays what it is."""
     screen = Screen()
     # An import that a signal cuts short may turn it into an error of its own.
     if isinstance(error, KeyboardInterrupt) or _received:
-        number = _received[0] if _received else signal.SIGINT
-        screen.warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
-        return typer.Exit(128 + number)
+        return typer.Exit(say_stopped())
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):

@@ -6,6 +6,7 @@ torch.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from htsr_alloc.cli.build import build
 from htsr_alloc.cli.compare import compare
 from htsr_alloc.cli.evaluate import evaluate
 from htsr_alloc.cli.export import export
-from htsr_alloc.cli.failures import ends_well, exit_at_once, stop_on_signals
+from htsr_alloc.cli.failures import ends_well, exit_at_once, say_stopped, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.plot import plot
@@ -55,11 +56,15 @@ for command in COMMANDS:  # the order of --help, which cuts sentences that are n
 def main() -> None:
     """Entry point."""
     stop_on_signals()
+    code: str | int | None = None
     try:
         app()
     except SystemExit as end:
-        exit_at_once(end.code)
-        raise
+        code = end.code
+    except KeyboardInterrupt:  # while typer was still making the commands
+        code = say_stopped()
+    exit_at_once(code)
+    sys.exit(code)
 
 
 def _version(asked: bool) -> None:
