@@ -263,6 +263,9 @@ def test_all_tasks_hold_the_rows_that_every_task_has(plan):
     assert first != last
     found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
     assert found == ["untrained", "uniform"]
+    made[last, "LoRA", 2] = made[first, "LoRA", 1]  # as many seeds, and not the same
+    found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
+    assert found == ["untrained", "uniform"]
 
 
 def test_the_main_rows_of_every_task_come_first(plan):

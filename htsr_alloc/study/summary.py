@@ -85,9 +85,11 @@ def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]
             )
     if len(study.tasks) > 1:
         for row in study.rows:
-            own_lines = [line for line in lines if line.row == row.name]
-            if len(own_lines) == len(study.tasks) and len({line.seeds for line in own_lines}) == 1:
-                lines.append(over_tasks(own_lines))
+            seeds = {
+                tuple(s for s in study.seeds if (task, row.name, s) in done) for task in study.tasks
+            }
+            if len(seeds) == 1 and seeds != {()}:
+                lines.append(over_tasks([line for line in lines if line.row == row.name]))
     return lines
 
 
@@ -113,10 +115,9 @@ def over_tasks(lines: Sequence[Line]) -> Line:
     count as eight and not as two.
     """
     first, k = lines[0], len(lines)
-    found = [line.difference for line in lines]
+    parts = [line.difference for line in lines if line.difference is not None]
     together = None
-    if all(found):
-        parts = [d for d in found if d is not None]
+    if len(parts) == k and len({len(d.by_seed) for d in parts}) == 1:
         seeds = [d.over_seeds / t95(len(d.by_seed) - 1) for d in parts if d.over_seeds is not None]
         over_seeds = None
         if len(seeds) == k:
@@ -125,7 +126,7 @@ def over_tasks(lines: Sequence[Line]) -> Line:
             statistics.mean(d.mean for d in parts),
             math.hypot(*(d.over_rows for d in parts)) / k,
             over_seeds,
-            tuple(map(statistics.mean, zip(*(d.by_seed for d in parts), strict=False))),
+            tuple(map(statistics.mean, zip(*(d.by_seed for d in parts), strict=True))),
         )
     deviations = [line.deviation for line in lines if line.deviation is not None]
     return Line(
