@@ -41,7 +41,7 @@ test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: .venv/test
-	$(BIN)/python tests/faults_table.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m helpers.faults_table $(ARGS)
 
 SMOLLM2 := .cache/smollm2-gguf
 LABELS  := --model $(SMOLLM2) --data .cache/tasks/sarcasm/test.jsonl --limit 300

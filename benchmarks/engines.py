@@ -22,10 +22,10 @@ import torch
 from peers import alpha_peak
 from synthetic import weight
 
-from htsr_alloc.checkpoint import open_checkpoint
-from htsr_alloc.estimators import fit
-from htsr_alloc.layers import map_layers
-from htsr_alloc.linalg import engines, lapack
+from htsr_alloc.checkpoints.layers import map_layers
+from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.spectra import engines, lapack
+from htsr_alloc.spectra.estimators import fit
 
 SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from synthetic import weight
 
-from htsr_alloc.linalg import engines, lapack
-from htsr_alloc.running.schedule import available_cores
+from htsr_alloc.analysis.schedule import available_cores
+from htsr_alloc.spectra import engines, lapack
 
 BAND = 64
 

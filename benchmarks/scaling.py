@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _seconds(weight) -> float:
-    from htsr_alloc.spectrum import spectrum
+    from htsr_alloc.spectra.spectrum import spectrum
 
     start = time.thread_time()
     spectrum(weight)

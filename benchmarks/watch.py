@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from htsr_alloc.estimators import fit, stable_rank
+from htsr_alloc.spectra.estimators import fit, stable_rank
 from htsr_alloc.watching import product_spectrum
 
 

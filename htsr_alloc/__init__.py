@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from htsr_alloc.version import __version__
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation import Bounds, allocate, read_scores
-    from htsr_alloc.analysis import analyze
-    from htsr_alloc.checkpoint import open_checkpoint
+    from htsr_alloc.analysis.analyze import analyze
+    from htsr_alloc.checkpoints.open import open_checkpoint
     from htsr_alloc.errors import HtsrError
-    from htsr_alloc.estimators import fit
-    from htsr_alloc.plots import plot
     from htsr_alloc.records import Allocation, Farms, Metrics, Settings, dumps, loads
+    from htsr_alloc.reports.plots import plot
+    from htsr_alloc.spectra.estimators import fit
     from htsr_alloc.watching import Watched, watch
 
 # Public name -> module. Imported on first use, so that `import htsr_alloc` loads no torch.
@@ -26,13 +26,13 @@ _PUBLIC = {
     "Farms": "records",
     "loads": "records",
     "dumps": "records",
-    "open_checkpoint": "checkpoint",
-    "fit": "estimators",
-    "analyze": "analysis",
+    "open_checkpoint": "checkpoints.open",
+    "fit": "spectra.estimators",
+    "analyze": "analysis.analyze",
     "allocate": "allocation",
     "Bounds": "allocation",
     "read_scores": "allocation",
-    "plot": "plots",
+    "plot": "reports.plots",
     "watch": "watching",
     "Watched": "watching",
 }

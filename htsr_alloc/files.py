@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from htsr_alloc.errors import HtsrError
 
@@ -75,3 +76,26 @@ def sha256(path: Path) -> str:
 def cannot(verb: str, path: Path, error: OSError) -> HtsrError:
     """An operating-system error as a sentence."""
     return HtsrError(f"Cannot {verb} {path}: {error.strerror or error}.")
+
+
+def parse_json(text: str) -> Any:
+    """JSON without NaN, Infinity and repeated keys.
+
+    Raises:
+        ValueError: it is none. RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs as a dict; ValueError when a key stands twice."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r} stands twice")
+    return record

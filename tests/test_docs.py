@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from helpers.commands import ROOT, environment
 
 pytest.importorskip("sybil", reason="needs the extra [test]")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers.commands import ROOT
 
 import htsr_alloc
 from htsr_alloc import HtsrError, Metrics, Settings, allocate, analyze, loads, open_checkpoint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htsr_alloc import decoding, files
+from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import File
 
@@ -102,7 +102,7 @@ def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
         return rows
     if path.suffix != ".json":
         raise ValueError("it is neither .csv nor .json")
-    data = decoding.parse(text)
+    data = files.parse_json(text)
     if not isinstance(data, list):
         raise ValueError("it is no list")
     if data and all(not isinstance(row, dict) for row in data):

@@ -11,11 +11,11 @@ import numpy as np
 
 from htsr_alloc.allocation.decide import allocate
 from htsr_alloc.allocation.scores import parse_metric
+from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.estimators import ESTIMATORS
-from htsr_alloc.measure import refitted
 from htsr_alloc.records import METRICS, Allocation, Metrics
-from htsr_alloc.results import open_spectra
+from htsr_alloc.records.results import open_spectra
+from htsr_alloc.spectra.estimators import ESTIMATORS
 
 BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
 NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many

@@ -74,9 +74,10 @@ def analyze(
         show(screen, checkpoint, include, exclude)
         return
     say_transfer(screen, checkpoint, layer_map_of(checkpoint, include, exclude))
-    from htsr_alloc import analysis, files, records
-    from htsr_alloc.running import decompose
-    from htsr_alloc.spectrum import choose_device
+    from htsr_alloc import files, records
+    from htsr_alloc.analysis import analyze as analysis
+    from htsr_alloc.analysis import decompose
+    from htsr_alloc.spectra.spectrum import choose_device
 
     limits = decompose.Limits(workers, parse_size(max_memory) if max_memory else None)
 

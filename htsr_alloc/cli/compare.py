@@ -14,7 +14,7 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr_alloc.results import Result
+    from htsr_alloc.records.results import Result
 
 DIFFERENT = 4  # exit code under --check
 
@@ -36,10 +36,10 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Set files against the first: layers, ranks, roles, matrices; or the experts moved."""
-    from htsr_alloc.comparison import AllocationComparison, MetricsComparison
-    from htsr_alloc.comparison import compare as set_against
     from htsr_alloc.records import Metrics
-    from htsr_alloc.results import read_result
+    from htsr_alloc.records.results import read_result
+    from htsr_alloc.reports.compare import AllocationComparison, MetricsComparison
+    from htsr_alloc.reports.compare import compare as set_against
 
     if len(files) < 2:
         raise HtsrError("A comparison takes two files or more.")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from htsr_alloc.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from htsr_alloc.comparison import AllocationComparison, MetricsComparison, Pair
-    from htsr_alloc.results import Result
+    from htsr_alloc.records.results import Result
+    from htsr_alloc.reports.compare import AllocationComparison, MetricsComparison, Pair
 
 
 def to_json(

@@ -20,7 +20,7 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr_alloc.sources.reading import Checkpoint
+    from htsr_alloc.checkpoints.reading import Checkpoint
 
 
 def export(
@@ -43,8 +43,8 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an allocation in the words of another trainer."""
-    from htsr_alloc import export as exporting
     from htsr_alloc import files, records
+    from htsr_alloc.allocation import exports as exporting
 
     screen = Screen(quiet=quiet)
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)

@@ -30,7 +30,8 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Estimate again from the kept spectra, without the checkpoint."""
-    from htsr_alloc import analysis, refit
+    from htsr_alloc.analysis import analyze as analysis
+    from htsr_alloc.analysis import refit
 
     screen = Screen(as_json, quiet)
     old = analysis.RunFiles(metrics)

@@ -22,7 +22,7 @@ from htsr_alloc.cli.options import (
 from htsr_alloc.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from htsr_alloc.sources.reading import Checkpoint
+    from htsr_alloc.checkpoints.reading import Checkpoint
 
 
 def inspect(
@@ -45,8 +45,8 @@ def inspect(
 
 
 def show(screen: Screen, checkpoint: Checkpoint, include, exclude) -> None:
-    from htsr_alloc.cost import predict, transfer
-    from htsr_alloc.running.schedule import available_cores
+    from htsr_alloc.analysis.cost import predict, transfer
+    from htsr_alloc.analysis.schedule import available_cores
 
     layer_map = layer_map_of(checkpoint, include, exclude)
     cost = predict(layer_map.matrices, available_cores())

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from htsr_alloc import __version__
 from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
@@ -25,6 +24,7 @@ from htsr_alloc.cli.plot import plot
 from htsr_alloc.cli.report import report
 from htsr_alloc.cli.study import study
 from htsr_alloc.cli.train import train
+from htsr_alloc.version import __version__
 
 app = typer.Typer(
     name="htsr",

@@ -11,15 +11,15 @@ from htsr_alloc.cli.screen import Screen, size
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr_alloc.layers import LayerMap
+    from htsr_alloc.checkpoints.layers import LayerMap
+    from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.records import Metrics
-    from htsr_alloc.sources.reading import Checkpoint
 
 
 def opened(
     source, revision, token, cache_dir, offline, stream=False, keep_shards=True
 ) -> Checkpoint:
-    from htsr_alloc.checkpoint import open_checkpoint
+    from htsr_alloc.checkpoints.open import open_checkpoint
 
     # Its warnings show the signed addresses of files.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -36,7 +36,7 @@ def opened(
 
 
 def layer_map_of(checkpoint: Checkpoint, include=None, exclude=None) -> LayerMap:
-    from htsr_alloc.layers import map_layers
+    from htsr_alloc.checkpoints.layers import map_layers
 
     return map_layers(
         checkpoint.tensors,
@@ -50,7 +50,7 @@ def say_transfer(screen: Screen, checkpoint: Checkpoint, layer_map: LayerMap) ->
     """What comes over the network and what disk it takes, before it does."""
     import shutil
 
-    from htsr_alloc.cost import transfer
+    from htsr_alloc.analysis.cost import transfer
 
     moved = transfer(checkpoint, layer_map.matrices)
     if not moved.download:

@@ -36,7 +36,7 @@ def plot(
     quiet: Quiet = False,
 ) -> None:
     """Draw metrics by layer, a heat map, allocations or spectra, from the files alone."""
-    from htsr_alloc import plots
+    from htsr_alloc.reports import plots
 
     path = output or Path(files[0].name.removesuffix(".json") + ".png")
     plots.plot(

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from htsr_alloc.cost import flops
+from htsr_alloc.analysis.cost import flops
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot
 

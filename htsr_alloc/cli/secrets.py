@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from htsr_alloc.sources.sentences import without_queries
+from htsr_alloc.checkpoints.sentences import without_queries
 
 HIDDEN = "[token]"
 

@@ -30,11 +30,11 @@ def study(
     Stop it at any moment: the same command goes on, and may run several times at once.
     """
     import htsr_alloc.training  # noqa: F401 - says in a sentence what is not installed
-    from htsr_alloc.study import summary
-    from htsr_alloc.study.plan import read_study
-    from htsr_alloc.study.running import check, run
-    from htsr_alloc.study.store import Store
     from htsr_alloc.training.models import device_of, silence
+    from htsr_alloc.training.study import summary
+    from htsr_alloc.training.study.plan import read_study
+    from htsr_alloc.training.study.running import check, run
+    from htsr_alloc.training.study.store import Store
 
     screen = Screen(quiet=quiet)
     asked = read_study(plan, baseline)

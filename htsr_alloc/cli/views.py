@@ -13,12 +13,12 @@ COUNTS = ["score", "quota", "experts", "top_k", ""]
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
-    from htsr_alloc.cost import Cost
-    from htsr_alloc.layers import LayerMap
+    from htsr_alloc.analysis.cost import Cost
+    from htsr_alloc.checkpoints.layers import LayerMap
+    from htsr_alloc.checkpoints.listing import Transfer
+    from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.records import Allocation, Metrics
-    from htsr_alloc.sources.listing import Transfer
-    from htsr_alloc.sources.reading import Checkpoint
 
 
 def show_inspection(

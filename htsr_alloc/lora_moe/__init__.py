@@ -22,8 +22,8 @@ from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.generation import after_prompt
+from htsr_alloc.lora_moe.model import LoraMoeModel
 from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
-from htsr_alloc.lora_moe.tuner import LoraMoeModel
 
 __all__ = [
     "BilevelMixin",

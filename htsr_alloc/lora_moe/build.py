@@ -10,12 +10,12 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from htsr_alloc import export
+from htsr_alloc.allocation import exports as export
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import read_bytes
 from htsr_alloc.lora_moe.config import DENSE, LoraMoeConfig
+from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.resolve import renamed, resolve_layers, resolve_modules
-from htsr_alloc.lora_moe.tuner import layers_of
 from htsr_alloc.records import Allocation, loads
 
 

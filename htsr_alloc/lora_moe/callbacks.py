@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from htsr_alloc.lora_moe.tuner import STATE
+from htsr_alloc.lora_moe.model import STATE
 
 
 class RouterLossCallback(TrainerCallback):

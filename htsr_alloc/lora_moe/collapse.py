@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
+from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.report import evaluating, routing_report
-from htsr_alloc.lora_moe.tuner import layers_of
 
 
 @dataclass(frozen=True)

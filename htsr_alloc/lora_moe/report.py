@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.state import STATE, RouterState
-from htsr_alloc.lora_moe.tuner import layers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

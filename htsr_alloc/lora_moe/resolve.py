@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.tuner import FEED_FORWARD
+from htsr_alloc.lora_moe.model import FEED_FORWARD
 from htsr_alloc.records import Allocation, Evidence
 
 

@@ -24,7 +24,7 @@ from htsr_alloc.records.facts import (
     Tool,
     this_tool,
 )
-from htsr_alloc.records.texts import as_json, dumps, loads
+from htsr_alloc.records.json import as_json, dumps, loads
 
 __all__ = [
     "FAILED",

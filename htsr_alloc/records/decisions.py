@@ -5,7 +5,6 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 
-from htsr_alloc.frames import frame
 from htsr_alloc.records.facts import (
     ADDED,
     Farms,
@@ -15,6 +14,7 @@ from htsr_alloc.records.facts import (
     check_bare_name,
     named_table,
 )
+from htsr_alloc.records.frames import frame
 
 if typing.TYPE_CHECKING:
     from pandas import DataFrame

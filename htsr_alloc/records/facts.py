@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-from htsr_alloc import __version__
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.frames import frame
+from htsr_alloc.records.frames import frame
+from htsr_alloc.version import __version__
 
 if typing.TYPE_CHECKING:
     from pandas import DataFrame

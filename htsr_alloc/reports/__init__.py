@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from htsr_alloc import __version__
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import METRICS, Allocation, Metrics
-from htsr_alloc.results import Result, open_spectra, read_result
-from htsr_alloc.text import printable
+from htsr_alloc.records.results import Result, open_spectra, read_result
+from htsr_alloc.records.text import printable
+from htsr_alloc.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
 
 def _figures(source: Result, metrics: Metrics, results: Sequence[Result]) -> list[tuple[str, str]]:
     """(caption, data URI) of each."""
-    from htsr_alloc.plots.figures import esd_figure, model_figure
+    from htsr_alloc.reports.plots.figures import esd_figure, model_figure
     from htsr_alloc.reports.tables import outstanding
 
     found = []
@@ -129,7 +129,7 @@ def _spectra_path(source: Result, metrics: Metrics) -> Path | None:
 def _embedded(figure: Figure) -> str:
     """The figure as a data URI. An image, unlike SVG inside the page, cannot run or load anything,
     whatever its text."""
-    from htsr_alloc.plots.style import write
+    from htsr_alloc.reports.plots.style import write
 
     file = io.BytesIO()
     write(figure, file, "svg")

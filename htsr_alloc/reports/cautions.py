@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.records import FAILED, MARKED, Metrics
-from htsr_alloc.results import Result
+from htsr_alloc.records.results import Result
 
 AT_THE_PEAK = ("official", "paper", "band")  # estimators that start from the histogram's peak
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import numpy as np
 
 from htsr_alloc.records import METRICS, Allocation, Matrix, Metrics
-from htsr_alloc.results import Result
-from htsr_alloc.roles import role_values
+from htsr_alloc.records.results import Result
+from htsr_alloc.records.tables import role_values
 
 Row = tuple[str, str]  # what, its value
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.watching.measure import Watched, watch
 from htsr_alloc.watching.products import product_spectrum
+from htsr_alloc.watching.weights import Watched, watch
 
 if TYPE_CHECKING:
     from htsr_alloc.watching.callback import WatchCallback

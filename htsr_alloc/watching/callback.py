@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import METRICS
-from htsr_alloc.watching.measure import Watched, check_kinds, select, watch
+from htsr_alloc.watching.weights import Watched, check_kinds, select, watch
 
 
 class WatchCallback(TrainerCallback):

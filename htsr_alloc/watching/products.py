@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from htsr_alloc.spectrum import EPS, Spectrum
+from htsr_alloc.spectra.spectrum import EPS, Spectrum
 
 ENGINE = "float64 QR of the factors"
 

@@ -1,0 +1,225 @@
+"""The main job: read each matrix, decompose it, fit its tail, keep the result, free it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from htsr_alloc import files
+from htsr_alloc.analysis.cost import flops
+from htsr_alloc.analysis.decompose import Limits, decompose_all
+from htsr_alloc.analysis.distributed import Ranks
+from htsr_alloc.analysis.journal import Entry, Journal
+from htsr_alloc.analysis.measure import measure, summarise
+from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
+from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
+from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.reading import Checkpoint
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
+from htsr_alloc.records.results import FARMS_SUFFIX
+from htsr_alloc.spectra import lapack
+from htsr_alloc.spectra.estimators import fit
+from htsr_alloc.version import __version__
+
+Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run writes: ``<stem>.metrics.json``, its spectra and its journal."""
+
+    metrics: Path
+
+    @property
+    def stem(self) -> str:
+        return self.metrics.name.removesuffix(".json").removesuffix(".metrics")
+
+    @property
+    def spectra(self) -> Path:
+        return self.metrics.with_name(f"{self.stem}.spectra.safetensors")
+
+    @property
+    def journal(self) -> Path:
+        return self.metrics.with_name(f"{self.stem}.journal")
+
+
+def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
+    """Which matrices are analysed, and why the rest is not.
+
+    Raises:
+        HtsrError: weights that are quantised to integers, or no matrix left.
+    """
+    layer_map = map_layers(
+        checkpoint.tensors,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        include=settings.include,
+        exclude=settings.exclude,
+    )
+    if layer_map.quantised:
+        first = layer_map.quantised[0]
+        dtype = next(ref.dtype for ref in checkpoint.tensors if ref.name == first)
+        raise HtsrError(
+            f"{first} holds integers ({dtype}): {len(layer_map.quantised)} weights of "
+            f"{checkpoint.name} are quantised (GPTQ, AWQ, bitsandbytes, MXFP4 or the like).",
+            "Analyze the unquantised original, or leave these out with --exclude.",
+        )
+    if not layer_map.matrices:
+        raise HtsrError(
+            f"{checkpoint.name} has no weight matrix in numbered blocks that is selected.",
+            "See what it holds with htsr inspect.",
+        )
+    return layer_map
+
+
+def analyze(
+    source: Checkpoint | str | Path,
+    settings: Settings | None = None,
+    output: RunFiles | str | Path | None = None,
+    *,
+    limits: Limits | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **chosen: Any,
+) -> Metrics | None:
+    """Analyse every linear weight in the blocks of a checkpoint.
+
+    Matrices are decomposed on single-thread workers under a bound on memory, so that it does not
+    grow with the model. With ``output`` finished spectra are journaled, a killed run resumes
+    where it stopped, and metrics and spectra are written atomically at the end. Under torchrun
+    each rank takes a share.
+
+    Args:
+        source: a checkpoint, or what ``open_checkpoint`` opens: a file, a folder or a hub id.
+        settings: estimator, bins, engine, device, FARMS, selection. The default estimator is
+            ``official``, with FARMS ``median``.
+        **chosen: single settings, as ``estimator="median"``, over ``settings``.
+        output: where to write, as ``x.metrics.json``; None writes nothing.
+        limits: workers and memory; default all cores and what they need.
+        restart: ignore the journal of an earlier run.
+        progress: wraps the stream of (matrix, was it resumed), one item a finished matrix.
+
+    Returns:
+        The metrics; None on a rank other than the first.
+
+    Raises:
+        HtsrError: nothing to analyse, quantised weights, unreadable files, a journal of other
+            settings, too little memory allowed. A matrix without a spectrum is no error: it is
+            recorded with its reason.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if settings is None:
+        settings = Settings("median" if chosen.get("farms") else "official")
+    settings = replace(settings, **chosen)
+    if isinstance(output, (str, Path)):
+        output = RunFiles(Path(output))
+    layer_map = plan(checkpoint, settings)
+    fit(np.ones(0), settings.estimator, settings.bins)  # refuse a wrong estimator before the work
+    identity = _identity(checkpoint, settings)
+    with Ranks.join() as ranks, ExitStack() as stack:
+        journal = None
+        if output is not None:
+            path = ranks.own_file(output.journal)
+            journal = stack.enter_context(Journal(path, identity, restart))
+        known = dict(journal.entries) if journal else {}
+        if output is not None and not restart:
+            known |= ranks.read_journals(output.journal, identity)
+        known = ranks.share(known)
+        entries = {m.name: known[m.name] for m in layer_map.matrices if m.name in known}
+        todo = ranks.take([m for m in layer_map.matrices if m.name not in entries], flops)
+
+        def stream() -> Iterator[tuple[MatrixRef, bool]]:
+            for matrix in layer_map.matrices:
+                if matrix.name in entries:
+                    yield matrix, True
+            for matrix, entry in decompose_all(checkpoint, todo, settings, limits or Limits()):
+                if journal is not None:
+                    journal.add(matrix.name, entry)
+                entries[matrix.name] = entry
+                yield matrix, False
+
+        for _ in progress(stream(), layer_map) if progress else stream():
+            pass
+        entries = ranks.share(entries)
+        metrics = None
+        if ranks.first:
+            metrics = _assemble(checkpoint, layer_map, settings, entries)
+            if output is not None:
+                metrics = _write(metrics, entries, output)
+        ranks.wait()  # until the results are safe, every journal stays
+        if journal is not None:
+            journal.remove()
+        if output is not None and ranks.first:
+            ranks.remove_journals(output.journal)
+    return metrics
+
+
+def _assemble(
+    checkpoint: Checkpoint, layer_map: LayerMap, settings: Settings, entries: dict[str, Entry]
+) -> Metrics:
+    """The record of a finished analysis, spectra not yet written."""
+    ordered = [(matrix, entries[matrix.name]) for matrix in layer_map.matrices]
+    matrices = [measure(matrix, entry.spectrum, settings) for matrix, entry in ordered]
+    hashes = bytes.fromhex("".join(entry.sha256 for _, entry in ordered))
+    unindexed = ((name, "not in the index") for name in checkpoint.listing.unindexed)
+    return Metrics(
+        format=Metrics.FORMAT,
+        version=Metrics.VERSION,
+        tool=this_tool(),
+        model=Model(
+            name=checkpoint.name,
+            revision=checkpoint.revision,
+            weights_sha256=hashlib.sha256(hashes).hexdigest(),
+            architecture=checkpoint.architecture,
+            num_layers=len(layer_map.prefixes),
+            parameters=sum(
+                math.prod(ref.shape) for ref in checkpoint.tensors if ref.dtype in FLOAT_DTYPES
+            ),
+        ),
+        settings=settings,
+        spectra=None,
+        matrices=tuple(matrices),
+        layers=summarise(matrices, layer_map.prefixes),
+        skipped=tuple(Skipped(*item) for item in (*layer_map.skipped, *unindexed)),
+    )
+
+
+def _write(metrics: Metrics, entries: dict[str, Entry], output: RunFiles) -> Metrics:
+    """Spectra first, then the metrics that name them by hash."""
+    from safetensors.numpy import save
+
+    spectra: dict[str, np.ndarray] = {}
+    for name, entry in entries.items():
+        if entry.spectrum.reason is None:
+            spectra[name] = entry.spectrum.eigenvalues
+        if entry.spectrum.windows is not None:
+            spectra[name + FARMS_SUFFIX] = entry.spectrum.windows
+    data = save({name: spectra[name] for name in sorted(spectra)})
+    with files.atomic_write(output.spectra) as file:
+        file.write(data)
+    kept = File(output.spectra.name, hashlib.sha256(data).hexdigest())
+    metrics = replace(metrics, spectra=kept)
+    files.write_text(output.metrics, dumps(metrics))
+    return metrics
+
+
+def _identity(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """All that a spectrum depends on, as JSON."""
+    farms, library = settings.farms, lapack.load()
+    return {
+        "htsr version": __version__,
+        "checkpoint": checkpoint.revision
+        or [[s.name, s.identity] for s in checkpoint.listing.shards],
+        "engine": settings.engine,
+        "linear algebra": library.name if library else "torch",
+        "bins": settings.bins,
+        "device": settings.device.partition(":")[0],
+        "farms": [farms.rows, farms.ratio, farms.windows] if farms else None,
+    }

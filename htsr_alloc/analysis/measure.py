@@ -1,0 +1,118 @@
+"""From a spectrum to the numbers of metrics.json: one record a matrix, one mean a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from htsr_alloc.checkpoints.layers import MatrixRef
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
+from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
+
+if TYPE_CHECKING:
+    from htsr_alloc.spectra.spectrum import Spectrum
+
+
+def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
+    """One matrix of the metrics file, from its spectrum."""
+    values = found.eigenvalues
+    empty = found.reason is not None
+    record = Matrix(
+        tensor=matrix.name,
+        layer=matrix.layer,
+        role=matrix.role,
+        expert=matrix.expert,
+        shape=matrix.shape,
+        dtype=matrix.ref.dtype,
+        n_eigs=len(values),
+        n_zero=found.n_zero,
+        lambda_min=None if empty else float(values[0]),
+        lambda_max=None if empty else float(values[-1]),
+        pl_alpha_hill=None,
+        alpha_hat=None,
+        stable_rank=None if empty else stable_rank(values),
+        xmin=None,
+        k=None,
+        ks_distance=None,
+        peak_gap=None,
+        engine=found.engine,
+        status=FAILED if empty else OK,
+        reason=found.reason,
+    )
+    if empty:
+        return record
+    tail = values if found.windows is None else found.windows
+    return with_fit(record, fit(tail, settings.estimator, settings.bins))
+
+
+def with_fit(matrix: Matrix, fitted: Fit) -> Matrix:
+    """The record with another fit; status and reason follow from it and from zero eigenvalues."""
+    reasons = [fitted.reason] if fitted.reason else []
+    if matrix.n_zero:
+        reasons.append(f"{matrix.n_zero} of {matrix.n_zero + matrix.n_eigs} eigenvalues are zero")
+    status = fitted.status if fitted.status != OK else (MARKED if reasons else OK)
+    alpha, largest = fitted.alpha, matrix.lambda_max
+    return replace(
+        matrix,
+        pl_alpha_hill=alpha,
+        alpha_hat=None if alpha is None or largest is None else alpha_hat(alpha, largest),
+        xmin=fitted.xmin,
+        k=fitted.k,
+        ks_distance=fitted.ks_distance,
+        peak_gap=fitted.peak_gap,
+        status=status,
+        reason="; ".join(reasons) or None,
+    )
+
+
+def refitted(
+    metrics: Metrics, spectra: Mapping[str, np.ndarray], estimator: str, bins: int
+) -> Metrics:
+    """The metrics by another estimator, from the spectra that they were fitted to.
+
+    Args:
+        spectra: tensor -> its ascending eigenvalues (``results.open_spectra``).
+
+    Raises:
+        HtsrError: the spectrum of a matrix that has one is not there.
+    """
+    matrices = []
+    for matrix in metrics.matrices:
+        values = spectra.get(matrix.tensor)
+        if values is None and matrix.lambda_max is not None:
+            raise HtsrError(f"The kept spectra lack that of {matrix.tensor}.", "Analyze again.")
+        if values is not None:
+            matrix = with_fit(matrix, fit(values, estimator, bins))
+        matrices.append(matrix)
+    prefixes = [layer.prefix for layer in metrics.layers]
+    return replace(
+        metrics,
+        settings=replace(metrics.settings, estimator=estimator, bins=bins),
+        matrices=tuple(matrices),
+        layers=summarise(matrices, prefixes),
+    )
+
+
+def summarise(matrices: Sequence[Matrix], prefixes: Sequence[str]) -> tuple[Layer, ...]:
+    """A layer's value: the plain mean over its linear weights that have one (METHODS 2)."""
+    layers = []
+    for number, prefix in enumerate(prefixes):
+        own = [matrix for matrix in matrices if matrix.layer == number]
+        means: dict[str, float | None] = {}
+        for metric in METRICS:
+            values = [v for m in own if (v := getattr(m, metric)) is not None]
+            means[metric] = math.fsum(values) / len(values) if values else None
+        unfitted = sum(matrix.status == FAILED for matrix in own)
+        reason = None
+        if not own:
+            reason = "no matrix of this layer was analysed"
+        elif unfitted:
+            first = next(matrix for matrix in own if matrix.status == FAILED)
+            reason = f"{unfitted} of {len(own)} matrices have no fit: {first.role}, {first.reason}"
+        layers.append(Layer(number, prefix, len(own), unfitted, reason=reason, **means))
+    return tuple(layers)

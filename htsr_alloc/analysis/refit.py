@@ -1,0 +1,35 @@
+"""Another estimator on the spectra that an analysis kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from htsr_alloc import files
+from htsr_alloc.analysis.analyze import RunFiles
+from htsr_alloc.analysis.measure import refitted
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Metrics, dumps, loads, this_tool
+from htsr_alloc.records.results import open_spectra
+
+
+def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metrics:
+    """Estimate again from the spectra that ``analyze`` kept, without the checkpoint.
+
+    The new file shares the old one's spectra, so that both must be in one folder.
+
+    Raises:
+        HtsrError: the metrics are invalid, their spectra are absent or not the same bytes.
+    """
+    old = loads(Metrics, files.read_bytes(path), path.name)
+    if old.spectra is None:
+        raise HtsrError(f"{path.name} was written without spectra.", "Analyze again with -o FILE.")
+    if output.metrics.parent.resolve() != path.parent.resolve():
+        raise HtsrError(
+            f"The new metrics share {old.spectra.file} with {path.name}.",
+            f"Write them to the same folder, {path.parent}.",
+        )
+    with open_spectra(old, path) as spectra:
+        metrics = replace(refitted(old, spectra, estimator, bins), tool=this_tool())
+    files.write_text(output.metrics, dumps(metrics))
+    return metrics

@@ -1,0 +1,285 @@
+"""From tensor names to places in the model: (layer, role, expert), or a reason to leave out.
+
+What is known about naming is data (the three tables below); the rules that use it are general,
+so that a model nobody has listed works when its blocks are numbered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.errors import HtsrError
+
+# The word before a block's number, by the families that use it. A number after any other word
+# makes a block only when the same weights recur under at least two numbers; and bare weights
+# (``mlp.0.weight``, ``mlp.2.weight`` of a projector or head) only when there are no better blocks.
+STACK_WORDS = {
+    "layers": "LLaMA, Mistral, Qwen, Gemma, Phi, SmolLM, Mixtral, DeepSeek, OPT, GPT-NeoX, Whisper",
+    "h": "GPT-2, GPT-J, Falcon, BLOOM, Phi-1",
+    "layer": "BERT, RoBERTa, MPNet, ViT, DINOv2",
+    "block": "T5",
+    "blocks": "timm ViT, MPT, DBRX",
+    "resblocks": "OpenCLIP",
+    "albert_layer_groups": "ALBERT",
+}
+
+# Tensors that are no weight matrix of a block, wherever they stand.
+SKIPPED_NAMES = (
+    (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
+    (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
+    (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
+    (r"experts\.mlp\.[wv]\d", "DBRX stacks its experts in a 2-d tensor, which is not split"),
+)
+# Tensors outside every block that deserve a better reason than that.
+SKIPPED_OUTSIDE = (
+    (r"(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output_layer|head)", "output head"),
+    (r"(embed\w*|shared|patch\w*)", "embedding"),
+)
+# What names the router of a mixture, in a block that has experts.
+ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
+
+MAX_BLOCKS = 10_000
+EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True)
+class MatrixRef:
+    """A matrix to analyse: a 2-d tensor, or slice ``index`` of a 3-d one.
+
+    ``role`` is the checkpoint's own word (``q_proj``, ``attention.output.dense``): the shortest
+    ending that is unambiguous in this checkpoint. ``expert`` is its number inside a mixture.
+    """
+
+    ref: TensorRef
+    index: int | None
+    layer: int
+    role: str
+    expert: int | None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, with ``[i]`` for a slice."""
+        return self.ref.name if self.index is None else f"{self.ref.name}[{self.index}]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out)."""
+        rows, columns = self.ref.shape[-2:]
+        return rows, columns
+
+    @property
+    def module(self) -> str:
+        """The name of the module that owns it."""
+        return re.sub(r"[._]?weight$", "", self.ref.name)
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Every tensor's place.
+
+    Attributes:
+        prefixes: the blocks, ``model.layers.0`` first, in numeric order; the stacks of a model
+            with several (encoder, decoder) one after the other. The position is the layer.
+        matrices: in layer order, then by name.
+        skipped: (name, reason) of every other tensor.
+        quantised: names of integer tensors that stand where weights belong.
+    """
+
+    prefixes: tuple[str, ...]
+    matrices: tuple[MatrixRef, ...]
+    skipped: tuple[tuple[str, str], ...]
+    quantised: tuple[str, ...]
+
+
+def map_layers(
+    tensors: Sequence[TensorRef],
+    *,
+    num_hidden_layers: int | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> LayerMap:
+    """Place every tensor.
+
+    Args:
+        tensors: as the checkpoint lists them.
+        num_hidden_layers: the configuration's count; in a model with one stack, blocks from
+            this number on are extra (multi-token prediction) and are skipped.
+        include, exclude: shell patterns on tensor names, as ``*self_attn*``. A tensor must
+            match some ``include`` (if any) and no ``exclude``.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    blocks = _find_blocks(tensors)
+    stacks = {stack for stack, _ in blocks.values()}
+    limit = num_hidden_layers if len(stacks) == 1 else None
+    mixtures = {
+        blocks[ref.name]
+        for ref in tensors
+        if ref.name in blocks and EXPERT_WORD.search(ref.name) and _is_expert(ref)
+    }
+    skipped: dict[str, str] = {}
+    kept: list[TensorRef] = []
+    quantised: list[str] = []
+    found: dict[str, set[int]] = defaultdict(set)  # stack -> its block numbers
+    for ref in tensors:
+        place = blocks.get(ref.name)
+        reason = _skip_reason(ref, place, place in mixtures)
+        if reason is None and place is not None and limit and place[1] >= limit:
+            reason = f"beyond the {limit} layers of the configuration (multi-token prediction)"
+        if place is not None and reason is None:
+            found[place[0]].add(place[1])
+        if reason is None:
+            if include and not any(fnmatchcase(ref.name, pattern) for pattern in include):
+                reason = "not matched by --include"
+            elif any(fnmatchcase(ref.name, pattern) for pattern in exclude):
+                reason = "matched by --exclude"
+        if reason is not None:
+            skipped[ref.name] = reason
+        elif ref.dtype not in FLOAT_DTYPES:
+            quantised.append(ref.name)
+        else:
+            kept.append(ref)
+    prefixes: list[str] = []
+    first: dict[str, int] = {}  # stack -> the layer number of its block 0
+    for stack in sorted(found, key=lambda name: ("decoder" in name, natural(name))):
+        if max(found[stack]) >= MAX_BLOCKS:
+            raise HtsrError(f"{stack}.{max(found[stack])}: no model has that many blocks.")
+        first[stack] = len(prefixes)
+        prefixes += [f"{stack}.{i}" for i in range(max(found[stack]) + 1)]
+    roles = _roles(kept, blocks)
+    matrices = []
+    for ref in kept:
+        stack, block = blocks[ref.name]
+        layer = first[stack] + block
+        position = _expert_position(ref.name)
+        parts = ref.name.split(".")
+        if len(ref.shape) == 3:
+            matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
+        else:
+            expert = int(parts[position]) if position else None
+            matrices.append(MatrixRef(ref, None, layer, roles[ref.name], expert))
+    matrices.sort(key=lambda m: (m.layer, natural(m.name)))
+    return LayerMap(tuple(prefixes), tuple(matrices), tuple(skipped.items()), tuple(quantised))
+
+
+def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
+    """Tensor name -> (stack's name, block number), for the tensors that are in a block."""
+    places: dict[str, tuple[str, int]] = {}
+    unknown: dict[str, list[tuple[str, int]]] = {}
+    recurring: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for ref in tensors:
+        parts = ref.name.split(".")
+        numbers = [i for i, part in enumerate(parts) if NUMBER.fullmatch(part) and i > 0]
+        known = [i for i in numbers if parts[i - 1] in STACK_WORDS]
+        if known:
+            places[ref.name] = (".".join(parts[: known[0]]), int(parts[known[0]]))
+            continue
+        unknown[ref.name] = [(".".join(parts[:i]), int(parts[i])) for i in numbers]
+        if len(ref.shape) >= 2:
+            for i in numbers:
+                stack, inner = ".".join(parts[:i]), ".".join(parts[i + 1 :])
+                recurring[stack, inner].add(int(parts[i]))
+    repeated = {key for key, found in recurring.items() if len(found) > 1}
+    if places or any("." in inner for _, inner in repeated):
+        repeated = {(stack, inner) for stack, inner in repeated if "." in inner}
+    stacks = {stack for stack, _ in repeated}
+    for name, candidates in unknown.items():
+        place = next((c for c in candidates if c[0] in stacks), None)
+        if place is not None:
+            places[name] = place
+    return places
+
+
+def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -> str | None:
+    """Why a tensor is no weight matrix of a block; None when it is one (or an integer one)."""
+    name = ref.name
+    for suffix in SCALE_SUFFIXES:
+        if name.endswith("weight" + suffix):
+            return f"scale of {name.removesuffix(suffix)}"
+    base = re.sub(r"[._]weight$", "", name)
+    for pattern, reason in SKIPPED_NAMES:
+        if _names(pattern, base):
+            return reason
+    if place is None:
+        for pattern, reason in SKIPPED_OUTSIDE:
+            if _names(pattern, base):
+                return reason
+        return "outside the blocks"
+    dims = len(ref.shape)
+    if dims < 2:
+        return f"{dims}-d (norm, bias or scalar)"
+    if dims > 3:
+        return f"{dims}-d (no matrix)"
+    if ref.dtype in ("BOOL", "C64"):
+        return f"dtype {ref.dtype}"
+    if ref.dtype not in FLOAT_DTYPES:
+        return None
+    if dims == 3 and not EXPERT_WORD.search(name):
+        return "3-d, and not a stack of experts (convolution?)"
+    if dims == 3 and ref.shape[0] == 0:
+        return "empty"
+    if mixture and re.search(rf"\.{ROUTER_NAMES}$", base) and "expert" not in base.split(".")[-2]:
+        return "router"
+    if dims == 2 and not name.endswith("weight"):
+        return "2-d, but not named a weight"
+    return None
+
+
+def _is_expert(ref: TensorRef) -> bool:
+    return len(ref.shape) == 3 or _expert_position(ref.name) is not None
+
+
+def _names(pattern: str, base: str) -> bool:
+    """Whether ``pattern`` matches whole words of a dotted name."""
+    return re.search(rf"(^|\.){pattern}(\.|$)", base) is not None
+
+
+def _expert_position(name: str) -> int | None:
+    """Where in the dotted name the expert's number stands: right after a word like experts."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
+            return i
+    return None
+
+
+def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dict[str, str]:
+    """Tensor name -> role: its path inside the block, cut to the shortest unambiguous ending."""
+    inner: dict[str, tuple[str, ...]] = {}
+    for ref in kept:
+        path = re.sub(r"[._]?weight$", "", ref.name).split(".")
+        expert = _expert_position(ref.name)
+        if expert:
+            del path[expert]
+        inner[ref.name] = tuple(path[blocks[ref.name][0].count(".") + 2 :])
+    # Numbers inside a block (T5's layer.0) say nothing, unless two weights differ by them alone.
+    per_block = Counter(
+        (blocks[name], _wordy(path))
+        for name, path in inner.items()
+        if _expert_position(name) is None
+    )
+    ambiguous = {path for (_, path), count in per_block.items() if count > 1}
+    paths = {
+        name: path if _wordy(path) in ambiguous else _wordy(path) for name, path in inner.items()
+    }
+    owners: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+    for path in set(paths.values()):
+        for start in range(len(path)):
+            owners[path[start:]].add(path)
+
+    def shortest(path: tuple[str, ...]) -> str:
+        for start in range(len(path) - 1, 0, -1):
+            if len(owners[path[start:]]) == 1 and not path[start].isdecimal():
+                return ".".join(path[start:])
+        return ".".join(path)
+
+    return {name: shortest(path) for name, path in paths.items()}
+
+
+def _wordy(path: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in path if not part.isdecimal())

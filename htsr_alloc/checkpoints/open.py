@@ -1,0 +1,69 @@
+"""``open_checkpoint``: whatever the user names, as a list of tensors that are read one at a time.
+
+Nothing is ever unpickled, and no code of a model is run.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from htsr_alloc.checkpoints.local import open_file, open_folder
+from htsr_alloc.checkpoints.reading import Checkpoint
+from htsr_alloc.errors import HtsrError
+
+SHARDS = ("keep", "drop", "stream")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+    shards: str = "keep",
+) -> Checkpoint:
+    """List a checkpoint's tensors from its headers.
+
+    Args:
+        source: a ``.safetensors`` file, a folder, or a hub id (``org/name``). What exists on
+            disk is taken first.
+        revision, token, cache_dir, offline: passed to huggingface_hub for a hub id.
+        shards: what becomes of a hub id's weights. ``keep`` downloads them to the hub's cache,
+            ``drop`` keeps each file only until its matrices are done, ``stream`` reads byte
+            ranges and writes nothing.
+
+    Raises:
+        HtsrError: nothing there, no safetensors, a broken or incomplete shard or index.
+    """
+    if shards not in SHARDS:
+        raise HtsrError(f"There is no way {shards!r} to treat shards.", f"Choose {SHARDS}.")
+    path = Path(source).expanduser()
+    if path.exists() and shards != "keep":
+        raise HtsrError(
+            f"{path} is on this machine: there is nothing to stream or to drop.",
+            "Leave --stream and --drop-shards away.",
+        )
+    if path.is_file():
+        return open_file(path)
+    if path.is_dir():
+        return open_folder(path)
+    text = str(source)
+    if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
+        from htsr_alloc.checkpoints import hub
+
+        return hub.open_hub(
+            text,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            offline=offline,
+            shards=shards,
+        )
+    raise HtsrError(
+        f"{text} is neither a file, a folder nor a hub id.",
+        "Give a .safetensors file, a folder that holds some, or an id such as "
+        "meta-llama/Llama-2-7b-hf.",
+    )

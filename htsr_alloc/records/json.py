@@ -1,0 +1,81 @@
+"""Records to JSON text and back, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, TypeVar
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.files import parse_json
+from htsr_alloc.records import decoding
+from htsr_alloc.records.decisions import Allocation
+from htsr_alloc.records.facts import Metrics
+
+Record = TypeVar("Record", Metrics, Allocation)
+
+
+def dumps(record: Metrics | Allocation) -> str:
+    """The JSON text, indented, ending in a newline.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or the record breaks its own rules.
+    """
+    record.check()
+    return json.dumps(as_json(record), indent=1, allow_nan=False) + "\n"
+
+
+def as_json(value: Any) -> Any:
+    """A record as dicts and lists; keys that came within a version only off their default."""
+    if isinstance(value, tuple):
+        return [as_json(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    return {
+        name: as_json(getattr(value, name))
+        for name, field in fields.items()
+        if not ("added" in field.metadata and getattr(value, name) == field.default)
+    }
+
+
+def loads(kind: type[Record], text: str | bytes, source: str) -> Record:
+    """Parse and validate a metrics or allocation file.
+
+    Args:
+        kind: ``Metrics`` or ``Allocation``.
+        text: the file's contents, UTF-8 when bytes.
+        source: what to call the file in an error.
+
+    Raises:
+        HtsrError: not JSON, another format, a newer version, an unknown or missing key, a
+            wrong type, NaN, or numbers that contradict each other; the sentence names where.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        data = parse_json(text)
+        _check_header(kind, data)
+        record = decoding.decode(kind, data)
+        record.check()
+    except RecursionError:
+        raise HtsrError(f"{source} is nested too deeply to be {kind.FORMAT}.") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise HtsrError(
+            f"{source} is not a valid {kind.FORMAT} file: {error}.", kind.HINT
+        ) from None
+    return record
+
+
+def _check_header(kind: type[Metrics] | type[Allocation], data: Any) -> None:
+    if not isinstance(data, dict) or "format" not in data:
+        raise ValueError('no "format" key')
+    if data["format"] != kind.FORMAT:
+        raise ValueError(f"its format is {data['format']!r}")
+    version = data.get("version")
+    if isinstance(version, int) and version > kind.VERSION:
+        raise ValueError(
+            f"version {version} is newer than this htsr reads ({kind.VERSION}); upgrade htsr"
+        )
+    if version != kind.VERSION or isinstance(version, bool):
+        raise ValueError(f"version: expected {kind.VERSION}, found {version!r}")

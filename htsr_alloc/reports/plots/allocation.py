@@ -1,0 +1,63 @@
+"""An allocation as bars by layer, against uniform and MoLA of the same budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from htsr_alloc.allocation import mola_counts
+from htsr_alloc.records import Allocation
+from htsr_alloc.reports.plots.layers import legend_beside, mark_stacks, number_layers
+from htsr_alloc.reports.plots.style import COLOURS, plain
+
+MOLA = (2, 4, 6, 8)  # MoLA-2468, the paper's "inverted triangle"
+BARS = "#B5DCF4"  # pale enough that the steps stand out in a grey print
+MANY = 40  # layers from which the bars carry no numbers
+
+
+def baselines(allocation: Allocation) -> dict[str, list[float]]:
+    """Name -> each layer's share of the allocation's budget, not yet rounded to whole experts; the
+    allocation's own strategy is left out."""
+    layers, budget = len(allocation.experts), allocation.budget
+    own = allocation.strategy.name if allocation.strategy else None
+    shares: dict[str, list[int]] = {}
+    if own != "uniform":
+        shares["uniform"] = [1] * layers
+    if own != "mola" and layers >= len(MOLA):
+        shares["MoLA-2468"] = mola_counts(MOLA, layers)
+    return {name: [share / sum(each) * budget for share in each] for name, each in shares.items()}
+
+
+def draw_allocation(axes: Axes, allocation: Allocation) -> None:
+    """Bars of the experts of each layer; steps of the baselines."""
+    count = len(allocation.experts)
+    name = plain(allocation.strategy.name, 28) if allocation.strategy else "allocation"
+    bars = axes.bar(
+        range(count),
+        allocation.experts,
+        width=0.8,
+        color=BARS,
+        edgecolor="black",
+        linewidth=0.5,
+        label=name,
+    )
+    edges = np.arange(count + 1) - 0.5
+    looks: dict[str, dict[str, Any]] = {
+        "uniform": {"color": "black", "linestyle": "--"},
+        "MoLA-2468": {"color": COLOURS[1], "linestyle": "-"},
+    }
+    for label, shares in baselines(allocation).items():
+        axes.stairs(shares, edges, baseline=None, label=label, linewidth=1.5, **looks[label])
+    if count <= MANY:
+        for text in axes.bar_label(bars, fontsize=7, padding=1):  # legible on a baseline
+            text.set(zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")])
+    axes.set_ylabel("experts of all linears" if allocation.modules else "experts")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.1)
+    number_layers(axes, count)
+    mark_stacks(axes, [row.prefix for row in allocation.evidence])
+    legend_beside(axes)

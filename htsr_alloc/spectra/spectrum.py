@@ -1,0 +1,199 @@
+"""A weight matrix's spectrum: the eigenvalues of W^T W, exactly.
+
+Engines (engines.py) compute eigenvalues; what counts as zero, and what a matrix without a
+spectrum is, is decided here, once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Farms
+from htsr_alloc.spectra import ROW_CHUNK
+from htsr_alloc.spectra.engines import ENGINES, check_engine
+
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
+EPS = float(np.finfo(np.float64).eps)
+ONE_SVD = threading.Lock()  # an SVD takes several times the memory of anything else
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The empirical spectral density of one matrix.
+
+    Attributes:
+        eigenvalues: float64, ascending, those of W^T W that are not zero; with FARMS the
+            pooled ones of its windows are in ``windows``.
+        n_zero: how many of the min(m, n) eigenvalues are zero (dead rows, low rank).
+        engine: what computed it, and why if not the one asked for.
+        reason: why there is no spectrum (NaN weights, all zero); None otherwise.
+    """
+
+    eigenvalues: np.ndarray
+    n_zero: int = 0
+    engine: str = ""
+    windows: np.ndarray | None = None
+    reason: str | None = None
+
+
+def spectrum(
+    weight: torch.Tensor,
+    *,
+    engine: str = "auto",
+    device: str | torch.device = "cpu",
+    farms: Farms | None = None,
+    bins: int = 100,
+) -> Spectrum:
+    """Eigenvalues of W^T W for one matrix (METHODS: the squared singular values).
+
+    Args:
+        weight: (m, n), any float dtype; upcast to float64 in chunks, never as a whole.
+        engine: a key of ``ENGINES``.
+        device: where the float64 work runs. Out of GPU memory, the CPU takes over, which
+            ``Spectrum.engine`` tells.
+        bins: of the histogram that will be fitted: ``auto`` uses float32 only where that moves
+            no eigenvalue into or out of its peak.
+        farms: also pool the eigenvalues of these windows (float64 svdvals of each).
+
+    Returns:
+        The spectrum; for an empty, all-zero or non-finite matrix an empty one with a reason.
+
+    Raises:
+        HtsrError: unknown engine, or not a matrix.
+
+    Eigenvalues of the Gram matrix at or below min(m, n) * eps * lambda_max cannot be told from
+    zero. When there are any, float64 svdvals decides: singular values at or below
+    max(m, n) * eps * s_max are zeros and dropped, and all others are squared.
+    """
+    check_engine(engine, device)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise HtsrError(f"A spectrum needs a float matrix, not {weight.ndim}-d {weight.dtype}.")
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    problem, exponent = _inspect(tall)
+    if problem is not None:
+        return Spectrum(np.empty(0), engine=engine, reason=problem)
+    tall = _scaled(tall, exponent)
+    device = torch.device(device)
+    try:
+        result = _decompose(tall.to(device), engine, bins)
+    except (torch.OutOfMemoryError, LinAlgError) as error:
+        if device.type == "cpu":
+            raise
+        why = "no convergence" if isinstance(error, LinAlgError) else "out of memory"
+        fallback = _decompose(tall, engine, bins)
+        result = replace(fallback, engine=f"{fallback.engine} on the CPU ({device}: {why})")
+    windows = _windows(_scaled(weight, exponent), farms) if farms else None
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.ldexp(result.eigenvalues, 2 * exponent)  # exact: the scale was a power of 2
+    if not (values[0] >= np.finfo(np.float64).tiny and np.isfinite(values[-1])):
+        return Spectrum(np.empty(0), engine=engine, reason="eigenvalues out of float64's range")
+    if windows is not None:
+        windows = np.ldexp(windows, 2 * exponent)
+    return replace(result, eigenvalues=values, windows=windows)
+
+
+def _inspect(weight: torch.Tensor) -> tuple[str | None, int]:
+    """Why a matrix has no spectrum, if so, and the exponent that brings it near 1.
+
+    Only float64 can leave its own range when squared, so other dtypes keep exponent 0.
+    """
+    if weight.numel() == 0:
+        return "the matrix is empty", 0
+    largest = 0.0
+    for rows in weight.split(ROW_CHUNK):
+        plain = rows.float() if rows.element_size() == 1 else rows  # float8 has no aminmax
+        low, high = (float(x) for x in plain.aminmax())
+        if math.isnan(low) or math.isnan(high):
+            return "the matrix holds NaN", 0
+        largest = max(largest, -low, high)
+    if math.isinf(largest):
+        return "the matrix holds Inf", 0
+    if largest == 0:
+        return "all weights are zero", 0
+    return None, math.frexp(largest)[1] if weight.dtype == torch.float64 else 0
+
+
+def _scaled(weight: torch.Tensor, exponent: int) -> torch.Tensor:
+    """W * 2^-exponent, exactly (in two steps: 2^1074 alone is out of range)."""
+    if exponent == 0:
+        return weight
+    half = exponent // 2
+    return weight * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent)
+
+
+def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
+    """Spectrum of a finite, non-zero (m, n) matrix with m >= n, on the device it is on."""
+    values, name = ENGINES[engine](tall, bins)
+    m, n = tall.shape
+    if values[0] > n * EPS * values[-1]:
+        return Spectrum(values, engine=name)
+    with ONE_SVD:
+        singular = torch.linalg.svdvals(_triangle(tall)).flip(0).cpu().numpy()
+    kept = singular[singular > m * EPS * singular[-1]]
+    return Spectrum(kept**2, n_zero=n - len(kept), engine="float64 svdvals")
+
+
+def _triangle(tall: torch.Tensor) -> torch.Tensor:
+    """R of W = QR in float64, (n, n), from some rows at a time: memory does not grow with m."""
+    n = tall.shape[1]
+    upper = torch.empty(0, n, dtype=torch.float64, device=tall.device)
+    for rows in tall.split(max(n // 4, ROW_CHUNK)):
+        upper = torch.linalg.qr(torch.cat([upper, rows.double()]), mode="r").R
+    return upper
+
+
+def _windows(weight: torch.Tensor, farms: Farms) -> np.ndarray:
+    """FARMS (arXiv 2506.06280): pooled eigenvalues of evenly spaced windows, ascending.
+
+    Each axis has at most ``farms.windows`` starts, floor((size - window) / (windows - 1))
+    apart, as the released code (``fixed_number_of_sampling_ops``) has it. A window that is
+    larger than the matrix is shrunk to fit, its ratio kept. Zeros are dropped window by window.
+    """
+    rows = min(farms.rows, weight.shape[0])
+    columns = int(rows * farms.ratio)
+    if columns > weight.shape[1]:
+        columns = weight.shape[1]
+        rows = max(1, min(rows, int(columns / farms.ratio)))
+    columns = max(1, columns)
+    blocks = [
+        weight[i : i + rows, j : j + columns].double()
+        for i in _starts(weight.shape[0], rows, farms.windows)
+        for j in _starts(weight.shape[1], columns, farms.windows)
+    ]
+    singular = torch.linalg.svdvals(torch.stack(blocks)).cpu().numpy()
+    floor = max(rows, columns) * EPS * singular.max(axis=1, keepdims=True)
+    return np.sort(singular[singular > floor] ** 2)
+
+
+def _starts(size: int, window: int, count: int) -> list[int]:
+    step = max(1, (size - window) // max(1, count - 1))
+    number = min(count, (size - window) // step + 1)
+    return [min(i * step, size - window) for i in range(number)]
+
+
+def choose_device(name: str) -> str:
+    """``auto`` as ``cuda`` where there is one, else ``cpu``; other names checked.
+
+    Raises:
+        HtsrError: no such device here, or one without float64 (mps).
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "mps":
+        raise HtsrError("mps has no float64, which exact spectra need.", "Use --device cpu.")
+    if name == "cpu":
+        return name
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise HtsrError(f"There is no device {name!r}.", "Choose auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise HtsrError(f"{name} is not here: torch sees {count} CUDA devices.", "Use cpu.")
+    return name

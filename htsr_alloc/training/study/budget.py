@@ -1,0 +1,111 @@
+"""Equal budgets: the experts or the rank with which a row has the baseline's parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.build import empty_model
+from htsr_alloc.records import Allocation
+from htsr_alloc.training.models import LORA, Adapter, trainable
+from htsr_alloc.training.study.plan import RowSpec, Study
+
+TOLERANCE = 0.02  # a budget further from the baseline's is refused
+MOST = 4096  # experts a layer or rank that is ever tried
+MOR_EXPERTS = 8  # the paper's, on every layer
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a row puts on the model, and how many parameters it trains."""
+
+    adapter: Adapter
+    allocation: Allocation | None
+    trainable: int
+
+
+def fitted(study: Study, row: RowSpec) -> Fitted:
+    """A row of the study with the parameters of uniform AlphaLoRA at the study's T and r.
+
+    What moves: nothing for AlphaLoRA (and MoLA, GOAT), which have them already; the ranks of
+    plain LoRA, in proportion; T of HydraLoRA and AdaMoLE; r of MoR (8 experts a layer) and
+    EM-LoRA. alpha / r stays the same.
+
+    Raises:
+        HtsrError: no setting is within 2 % of it.
+    """
+    scale = study.lora_alpha / study.r
+
+    def adapter(r: float) -> Adapter:
+        return Adapter(row.system, r, scale * r, study.lora_dropout)
+
+    def counted(r: float, experts: int) -> Fitted:
+        allocation = None if row.system == "em_lora" else study.allocation(row, experts)
+        return Fitted(
+            adapter(r), allocation, parameters(study.model, adapter(r), _frozen(allocation))
+        )
+
+    base = Adapter("alphalora", study.r, study.lora_alpha, study.lora_dropout)
+    uniform = study.allocation(RowSpec("uniform"), study.experts)
+    target = parameters(study.model, base, _frozen(uniform))
+    experts = row.experts or study.experts
+    layers = len(uniform.experts)
+    if row.system == LORA:
+        # in 64ths of a rank, times each layer's experts
+        made = nearest(lambda i: counted(i / 64, experts), target, 64)
+    elif row.system in ("hydra", "adamole"):
+        made = nearest(lambda i: counted(study.r, i), target, layers)
+    elif row.system == "mor":
+        made = nearest(lambda i: counted(i, MOR_EXPERTS * layers), target, 1)
+    elif row.system == "em_lora":
+        made = nearest(lambda i: counted(i, 0), target, 1)
+    else:
+        made = counted(study.r, experts)
+    off = made.trainable / target - 1
+    if abs(off) > TOLERANCE:
+        raise HtsrError(
+            f"{row.name} trains {made.trainable:,} parameters, {off:+.1%} of the budget's "
+            f"{target:,}.",
+            "Change experts or r of the study.",
+        )
+    return made
+
+
+def nearest(make: Callable[[int], Fitted], target: int, low: int) -> Fitted:
+    """The setting whose parameters, which grow with it, are nearest to the target."""
+    high = low
+    while make(high).trainable < target and high < MOST * low:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if make(middle).trainable < target else (low, middle)
+    return min(make(low), make(high), key=lambda found: abs(found.trainable - target))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """An allocation as a key: all that parameters depend on."""
+
+    experts: tuple[int, ...]
+    allocation: Allocation
+
+    def __hash__(self) -> int:
+        return hash(self.experts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Counts) and self.experts == other.experts
+
+
+def _frozen(allocation: Allocation | None) -> _Counts | None:
+    return None if allocation is None else _Counts(allocation.experts, allocation)
+
+
+@functools.lru_cache(maxsize=1024)
+def parameters(model: Path, adapter: Adapter, counts: _Counts | None) -> int:
+    """Trainable parameters, counted on the model without weights."""
+    bare: Any = empty_model(model)
+    return trainable(adapter.put_on(bare, None if counts is None else counts.allocation))

@@ -1,0 +1,147 @@
+"""How an allocation changes with its estimator, beta and matrices: against doing it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers.commands import ROOT
+from helpers.records_made import linears
+
+from htsr_alloc.allocation import allocate
+from htsr_alloc.allocation.sensitivity import measure
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Layer, Metrics, loads
+from htsr_alloc.spectra.estimators import ESTIMATORS
+
+
+def smollm2():
+    path = ROOT / "data" / "smollm2.metrics.json"
+    return loads(Metrics, path.read_text(), path.name), path
+
+
+def test_sensitivity_is_what_allocating_again_gives():
+    metrics, path = smollm2()
+    request = {"T": 160, "beta": 2.5}
+    found = measure(metrics, path, request, draws=40, seed=3)
+    own = allocate(metrics, **request)
+    assert list(found.causes) == ["estimator", "beta", "matrices"]
+    assert set(found.causes["estimator"]) == set(ESTIMATORS) - {"official"}
+    assert found.causes["beta"] == [2.0, 3.0]
+    betas = [allocate(metrics, T=160, beta=beta).experts for beta in (2.0, 3.0)]
+    # The bootstrap again, in the plainest words.
+    generator = np.random.default_rng(3)
+    alphas = [
+        [m.pl_alpha_hill for m in metrics.matrices if m.layer == i]
+        for i in range(len(metrics.layers))
+    ]
+    drawn = []
+    for _ in range(40):
+        means = [float(np.mean([own[i] for i in generator.integers(len(own), size=len(own))]))
+                 for own in alphas]  # fmt: skip
+        layers = tuple(
+            dataclasses.replace(layer, pl_alpha_hill=mean)
+            for layer, mean in zip(metrics.layers, means, strict=True)
+        )
+        drawn.append(allocate(dataclasses.replace(metrics, layers=layers), **request).experts)
+    for i, row in enumerate(found.layers):
+        assert row.experts == own.experts[i]
+        for cause, counts in (("beta", betas), ("matrices", drawn)):
+            mine = sorted(experts[i] for experts in counts)
+            seen = row.ranges[cause]
+            assert seen.same == mine.count(row.experts) / len(mine)
+            assert seen.near == sum(abs(n - row.experts) <= 1 for n in mine) / len(mine)
+            assert (seen.low, seen.high) == (
+                mine[math.ceil(0.05 * len(mine)) - 1],
+                mine[math.ceil(0.95 * len(mine)) - 1],
+            )
+        assert row.stable == all(seen.near >= 0.9 for seen in row.ranges.values())
+
+
+def test_refits_are_those_of_htsr_fit(tmp_path, invoke):
+    for name in ("minilm.metrics.json", "minilm.spectra.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "data" / name).read_bytes())
+    path = tmp_path / "minilm.metrics.json"
+    metrics = loads(Metrics, path.read_text(), path.name)
+    found = measure(metrics, path, {"T": 30}, draws=1)
+    counts = []
+    for estimator in found.causes["estimator"]:
+        assert invoke("fit", path.name, "--estimator", estimator, "-q").rc == 0
+        fitted = tmp_path / f"minilm.{estimator}.metrics.json"
+        counts.append(allocate(fitted, T=30).experts)
+    for i, row in enumerate(found.layers):
+        column = [experts[i] for experts in counts]
+        assert (row.ranges["estimator"].low, row.ranges["estimator"].high) == (
+            min(column),
+            max(column),
+        )
+
+
+def test_equal_matrices_are_perfectly_stable_under_the_bootstrap():
+    metrics = linears({"q_proj": (4, 4), "v_proj": (4, 4)}, [[2.0, 2.0], [4.0, 4.0]])
+    layers = tuple(
+        Layer(x.layer, x.prefix, 2, 0, x.pl_alpha_hill, 0.5, 2.5, None) for x in metrics.layers
+    )
+    metrics = dataclasses.replace(metrics, layers=layers)
+    found = measure(metrics, ROOT, {"T": 10, "metric": "stable_rank"}, draws=20)
+    assert list(found.causes) == ["beta", "matrices"]
+    assert all(row.stable and row.ranges["matrices"].same == 1 for row in found.layers)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"T": 160, "per_module": True}, "matrices of a layer"),
+        ({"T": 160, "strategy": "uniform"}, "scores that the metrics hold"),
+    ],
+)
+def test_what_has_no_sensitivity(request_, sentence):
+    metrics, path = smollm2()
+    with pytest.raises(HtsrError, match=sentence):
+        measure(metrics, path, request_)
+    with pytest.raises(HtsrError, match="--draws must be at least 1"):
+        measure(metrics, path, {"T": 160}, draws=0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("smollm2.metrics.json", "smollm2.spectra.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "data" / name).read_bytes())
+    return tmp_path
+
+
+def test_sensitivity_is_shown_and_is_json(data, invoke):
+    done = invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5)
+    assert done.rc == 0
+    header = done.stdout.splitlines()[31].split()
+    assert header == ["layer", "prefix", "experts", "estimator", "±1", "beta", "±1",
+                      "matrices", "±1"]  # fmt: skip
+    assert len(done.stdout.splitlines()) == 62
+    assert "matrices: 5 draws, seed 0" in done.stderr
+    result = json.loads(
+        invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5, "--json").stdout
+    )
+    assert result["allocation"]["budget"] == 160
+    assert len(result["sensitivity"]["layers"]) == 30
+    (data / "smollm2.spectra.safetensors").unlink()
+    done = invoke("allocate", "--T", 160, "--sensitivity")
+    assert (done.rc, done.stderr.splitlines()[-1].partition(":")[0]) == (1, "hint")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--r", 4), "--r matters to --params"),
+        (("--column", "x"), "--column is one of --scores"),
+        (("--draws", 5), "those of --sensitivity"),
+        (("--seed", 0), "those of --sensitivity"),
+        (("--sensitivity", "-o", "-"), "-o - prints the allocation"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said, invoke):
+    done = invoke("allocate", ROOT / "data" / "minilm.metrics.json", "--T", 30, *options)
+    assert done.rc == 1
+    assert said in done.stderr

@@ -1,0 +1,691 @@
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive
+from helpers.commands import (
+    ROOT,
+    drop_the_right_to_ignore_permissions,
+    environment,
+    llama,
+    write_shards,
+)
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from htsr_alloc.analysis.analyze import RunFiles, analyze, plan
+from htsr_alloc.analysis.refit import refit
+from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Farms, Metrics, Settings, loads
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(estimator="official", **changes):
+    return Settings(estimator=estimator, **changes)
+
+
+def read_metrics(path):
+    return loads(Metrics, path.read_bytes(), path.name)
+
+
+def without_time(path):
+    data = json.loads(path.read_text())
+    del data["tool"]["created"]
+    return data
+
+
+def squared_singular_values(weight):
+    return np.sort(np.linalg.svd(weight.double().numpy(), compute_uv=False) ** 2)
+
+
+# --- the numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["official", "paper", "band", "median", "ks"])
+def test_every_number_is_what_numpy_finds_with_loops(tmp_path, estimator):
+    tensors = llama()
+    write_shards(tmp_path / "tiny", [tensors])
+    output = RunFiles(tmp_path / "out.metrics.json")
+    metrics = analyze(open_checkpoint(tmp_path / "tiny"), settings(estimator), output)
+    assert read_metrics(output.metrics) == metrics
+    spectra = load_file(tmp_path / "out.spectra.safetensors")
+    assert len(metrics.matrices) == len(spectra) == 14
+    for matrix in metrics.matrices:
+        weight = tensors[matrix.tensor]
+        expected = squared_singular_values(weight)
+        assert matrix.shape == tuple(weight.shape)
+        assert spectra[matrix.tensor].dtype == np.float64
+        np.testing.assert_allclose(spectra[matrix.tensor], expected, rtol=1e-9)
+        assert (matrix.n_eigs, matrix.n_zero) == (64, 0)
+        assert matrix.lambda_min == pytest.approx(expected[0], rel=1e-9)
+        assert matrix.lambda_max == pytest.approx(expected[-1], rel=1e-9)
+        rank = (weight.double() ** 2).sum() / expected[-1]
+        assert matrix.stable_rank == pytest.approx(float(rank), rel=1e-9)
+        alpha = naive.alpha(expected, estimator)
+        assert matrix.pl_alpha_hill == pytest.approx(alpha, rel=1e-9)
+        assert matrix.alpha_hat == pytest.approx(alpha * np.log10(expected[-1]), rel=1e-9)
+        assert (matrix.status, matrix.reason, matrix.dtype) == ("ok", None, "F32")
+    for layer in metrics.layers:
+        own = [m for m in metrics.matrices if m.layer == layer.layer]
+        assert (layer.matrices, layer.unfitted, layer.reason) == (7, 0, None)
+        assert layer.prefix == f"model.layers.{layer.layer}"
+        for metric in ("pl_alpha_hill", "alpha_hat", "stable_rank"):
+            mean = sum(getattr(m, metric) for m in own) / 7
+            assert getattr(layer, metric) == pytest.approx(mean, rel=1e-12)
+    skipped = {s.tensor for s in metrics.skipped}
+    assert skipped == set(tensors) - set(spectra)
+
+
+def test_the_order_of_files_does_not_change_the_numbers(tmp_path):
+    tensors = llama(3)
+    names = list(tensors)
+    write_shards(tmp_path / "one" / "m", [tensors])
+    shards = [{n: tensors[n] for n in reversed(names) if hash_of(n) % 3 == i} for i in range(3)]
+    write_shards(tmp_path / "three" / "m", shards)
+    one = analyze(open_checkpoint(tmp_path / "one" / "m"), settings())
+    three = analyze(open_checkpoint(tmp_path / "three" / "m"), settings())
+    assert one.matrices == three.matrices
+    assert one.layers == three.layers
+    assert one.model == three.model
+
+
+def hash_of(name):
+    return hashlib.sha256(name.encode()).digest()[0]
+
+
+def test_the_weights_hash_is_over_every_matrix_and_nothing_else(tmp_path):
+    def hash_with(**changes):
+        write_shards(tmp_path / "m", [llama() | changes])
+        return analyze(open_checkpoint(tmp_path / "m"), settings()).model.weights_sha256
+
+    tensors = llama()
+    order = analyze(open_checkpoint(write_shards(tmp_path / "m", [tensors])), settings()).matrices
+    digests = [hashlib.sha256(tensors[m.tensor].numpy().tobytes()).digest() for m in order]
+    assert hash_with() == hashlib.sha256(b"".join(digests)).hexdigest()
+    assert hash_with(**{"model.norm.weight": torch.zeros(64)}) == hash_with()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert hash_with(**{name: tensors[name].neg()}) != hash_with()  # the same spectrum
+
+
+def test_fp8_and_experts_and_transposed_weights(tmp_path):
+    fp8 = randn(96, 64).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.5], [2.0]])
+    experts = randn(2, 64, 80, seed=1)
+    tensors = {
+        "model.layers.0.mlp.w.weight": fp8,
+        "model.layers.0.mlp.w.weight_scale_inv": scale,
+        "model.layers.0.mlp.experts.down_proj": experts,
+    }
+    config = {"quantization_config": {"weight_block_size": [48, 64]}}
+    write_shards(tmp_path / "m", [tensors], config=config)
+    metrics = analyze(open_checkpoint(tmp_path / "m"), settings(), RunFiles(tmp_path / "m.json"))
+    spectra = load_file(tmp_path / "m.spectra.safetensors")
+    whole = fp8.float() * scale.repeat_interleave(48, 0)
+    expected = squared_singular_values(whole)
+    np.testing.assert_allclose(spectra["model.layers.0.mlp.w.weight"], expected, rtol=1e-9)
+    for i in range(2):
+        found = spectra[f"model.layers.0.mlp.experts.down_proj[{i}]"]
+        np.testing.assert_allclose(found, squared_singular_values(experts[i]), rtol=1e-9)
+    assert [m.expert for m in metrics.matrices] == [0, 1, None]
+    assert metrics.layers[0].matrices == 3
+
+
+# --- matrices without a fit -----------------------------------------------------------------
+
+ODD = {
+    "nan": (randn(64, 64).index_fill(0, torch.tensor([3]), float("nan")), "NaN"),
+    "inf": (randn(64, 64).index_fill(1, torch.tensor([5]), float("-inf")), "Inf"),
+    "zero": (torch.zeros(64, 64), "all weights are zero"),
+    "empty": (torch.zeros(0, 64), "the matrix is empty"),
+    "constant": (torch.ones(64, 64), "only 1 eigenvalues"),
+    "identity": (torch.eye(64), "all eigenvalues are equal"),
+    "narrow": (randn(2, 64), "only 2 eigenvalues"),
+    "denormal": (torch.full((64, 64), 1e-310, dtype=torch.float64), "out of float64's range"),
+}
+
+
+def test_matrices_without_a_spectrum_are_marked_and_the_run_goes_on(tmp_path):
+    good = {f"model.layers.{i}.good.weight": randn(64, 64, seed=i) for i in range(2)}
+    odd = {f"model.layers.0.{name}.weight": weight for name, (weight, _) in ODD.items()}
+    write_shards(tmp_path / "m", [good | odd])
+    output = RunFiles(tmp_path / "m.metrics.json")
+    metrics = analyze(open_checkpoint(tmp_path / "m"), settings(), output)
+    matrices = {m.role: m for m in metrics.matrices if m.layer == 0}
+    for name, (_, reason) in ODD.items():
+        found = matrices[name]
+        assert found.status == "failed"
+        assert reason in found.reason
+        assert found.pl_alpha_hill is found.alpha_hat is found.xmin is found.k is None
+    good_one = matrices["good"]
+    assert (good_one.status, good_one.reason) == ("ok", None)
+    first, second = metrics.layers
+    assert (first.matrices, first.unfitted) == (1 + len(ODD), len(ODD))
+    assert first.pl_alpha_hill == good_one.pl_alpha_hill
+    assert f"{len(ODD)} of {len(ODD) + 1} matrices have no fit" in first.reason
+    assert second.reason is None
+    assert "NaN" not in json.dumps(json.loads(output.metrics.read_text())["layers"])
+    assert read_metrics(output.metrics) == metrics
+
+
+def test_low_rank_is_marked_and_its_zeros_are_counted(tmp_path):
+    weight = randn(80, 60).double() @ randn(60, 70, seed=1).double()
+    write_shards(tmp_path / "m", [{"h.0.w.weight": weight}])
+    (matrix,) = analyze(open_checkpoint(tmp_path / "m"), settings()).matrices
+    assert (matrix.n_eigs, matrix.n_zero, matrix.status) == (60, 10, "marked")
+    assert "10 of 70 eigenvalues are zero" in matrix.reason
+
+
+def test_few_eigenvalues_are_marked(tmp_path):
+    write_shards(tmp_path / "m", [{"h.0.w.weight": randn(30, 70)}])
+    (matrix,) = analyze(open_checkpoint(tmp_path / "m"), settings()).matrices
+    assert (matrix.status, matrix.n_eigs) == ("marked", 30)
+    assert "only 30 eigenvalues" in matrix.reason
+
+
+def test_strict_exits_3_and_still_writes(tmp_path, invoke):
+    tensors = {"h.0.a.weight": randn(64, 64), "h.0.b.weight": torch.zeros(64, 64)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert invoke("analyze", "m.safetensors", "-q").rc == 0
+    (tmp_path / "m.metrics.json").unlink()
+    done = invoke("analyze", "m.safetensors", "--strict", "-q")
+    assert done.rc == 3
+    assert "h.0.b.weight has no fit: all weights are zero" in done.stderr
+    assert read_metrics(tmp_path / "m.metrics.json").layers[0].unfitted == 1
+    assert invoke("analyze", "m.safetensors", "--strict", "--exclude", "*b.weight").rc == 0
+
+
+def test_quantised_weights_are_refused_unless_they_are_excluded(tmp_path, invoke):
+    tensors = llama(1) | {"model.layers.0.x.qweight": torch.zeros(8, 8, dtype=torch.int32)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    done = invoke("analyze", "m.safetensors")
+    assert done.rc == 1
+    assert "model.layers.0.x.qweight holds integers (I32): 1 weights" in done.stderr
+    assert "--exclude" in done.stderr
+    assert not list(tmp_path.glob("m.*json*"))
+    assert invoke("analyze", "m.safetensors", "--exclude", "*.qweight").rc == 0
+    assert len(read_metrics(tmp_path / "m.metrics.json").matrices) == 7
+
+
+def test_nothing_to_analyse_is_a_sentence(tmp_path):
+    save_file({"w": randn(4, 4)}, tmp_path / "m.safetensors")
+    with pytest.raises(HtsrError, match="no weight matrix in numbered blocks"):
+        plan(open_checkpoint(tmp_path / "m.safetensors"), settings())
+
+
+def test_wrong_settings_are_refused_before_anything_is_written(model, tmp_path):
+    output = RunFiles(tmp_path / "m.metrics.json")
+    for wrong in (settings("nope"), settings(bins=0), settings(engine="nope")):
+        with pytest.raises(HtsrError):
+            analyze(open_checkpoint(model), wrong, output)
+    assert not output.metrics.exists()
+
+
+# --- FARMS and refitting --------------------------------------------------------------------
+
+
+def test_farms_keeps_both_spectra_and_refits_from_the_windows(model, tmp_path):
+    farms = Farms(rows=16, ratio=2.0, windows=3)
+    output = RunFiles(tmp_path / "f.metrics.json")
+    analyze(open_checkpoint(model), settings("median", farms=farms), output)
+    spectra = load_file(output.spectra)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = llama()[name]
+    starts = itertools.product((0, 24, 48), (0, 16, 32))
+    windows = [squared_singular_values(weight[i : i + 16, j : j + 32]) for i, j in starts]
+    pooled = np.sort(np.concatenate(windows))
+    np.testing.assert_allclose(spectra[name + "#farms"], pooled, rtol=1e-8)
+    np.testing.assert_allclose(spectra[name], squared_singular_values(weight), rtol=1e-8)
+    for estimator in ("median", "official"):
+        again = refit(output.metrics, RunFiles(tmp_path / "g.metrics.json"), estimator)
+        found = next(m for m in again.matrices if m.tensor == name)
+        assert found.pl_alpha_hill == pytest.approx(naive.alpha(pooled, estimator), rel=1e-6)
+        assert found.lambda_max == pytest.approx(spectra[name][-1])
+
+
+def test_refitting_equals_a_fresh_analysis(model, tmp_path):
+    first = RunFiles(tmp_path / "a.metrics.json")
+    analyze(open_checkpoint(model), settings("official"), first)
+    fresh = analyze(open_checkpoint(model), settings("median"), RunFiles(tmp_path / "b.json"))
+    again = refit(first.metrics, RunFiles(tmp_path / "c.metrics.json"), "median")
+    assert again.matrices == fresh.matrices
+    assert again.layers == fresh.layers
+    assert again.settings == fresh.settings
+    assert again.spectra == read_metrics(first.metrics).spectra
+
+
+# --- resuming -------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    pass
+
+
+def small_run(tmp_path, matrices=9, **changes):
+    """A run of 14 matrices that ends without ceremony after some; each must be safe by then."""
+    folder = tmp_path / "tiny"
+    if not folder.exists():
+        write_shards(folder, [llama()])
+    output = RunFiles(tmp_path / "m.metrics.json")
+
+    def stop(stream, layer_map):
+        for number, (matrix, resumed) in enumerate(stream, 1):
+            lines = output.journal.read_bytes().splitlines()
+            assert resumed or json.loads(lines[-1])["name"] == matrix.name
+            yield matrix, resumed
+            if number == matrices:
+                raise KilledError
+
+    with contextlib.suppress(KilledError):
+        analyze(open_checkpoint(folder), settings(**changes), output, progress=stop)
+    assert lines_of(output.journal) == 1 + matrices
+    assert not output.metrics.exists()
+    return folder, output
+
+
+def resumed_flags(folder, output, **options):
+    seen = []
+
+    def watch(stream, layer_map):
+        for matrix, resumed in stream:
+            seen.append(resumed)
+            yield matrix
+
+    found = analyze(open_checkpoint(folder), settings(), output, progress=watch, **options)
+    return sum(seen), found
+
+
+def test_a_resumed_run_takes_what_is_finished_and_ends_in_the_same_bytes(tmp_path):
+    folder, output = small_run(tmp_path)
+    count, found = resumed_flags(folder, output)
+    assert count == 9
+    assert not output.journal.exists()
+    whole = RunFiles(tmp_path / "whole" / "m.metrics.json")
+    whole.metrics.parent.mkdir()
+    expected = analyze(open_checkpoint(folder), settings(), whole)
+    assert dataclasses.replace(found, tool=None) == dataclasses.replace(expected, tool=None)
+    assert output.spectra.read_bytes() == whole.spectra.read_bytes()
+
+
+def test_the_journal_is_really_used(tmp_path):
+    folder, output = small_run(tmp_path)
+    lines = output.journal.read_text().splitlines()
+    record = json.loads(lines[1])
+    other = json.loads(lines[2])
+    record["eigenvalues"] = other["eigenvalues"]
+    lines[1] = json.dumps(record)
+    output.journal.write_text("\n".join(lines) + "\n")
+    _, found = resumed_flags(folder, output)
+    by_name = {m.tensor: m for m in found.matrices}
+    assert by_name[record["name"]].lambda_max == by_name[other["name"]].lambda_max
+
+
+@pytest.mark.parametrize("keep", [1, 40, 400])
+def test_a_torn_last_line_is_dropped(tmp_path, keep):
+    folder, output = small_run(tmp_path)
+    lines = output.journal.read_bytes().splitlines(keepends=True)
+    output.journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
+    count, found = resumed_flags(folder, output)
+    assert count == 8
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+def test_a_run_that_is_torn_resumed_and_killed_again_resumes_once_more(tmp_path):
+    folder, output = small_run(tmp_path)
+    output.journal.write_bytes(output.journal.read_bytes()[:-7])
+    small_run(tmp_path, matrices=11)
+    count, found = resumed_flags(folder, output)
+    assert count == 11
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30])
+def test_a_journal_of_a_torn_first_line_starts_over(tmp_path, keep):
+    folder, output = small_run(tmp_path)
+    output.journal.write_bytes(output.journal.read_bytes()[:keep])
+    assert resumed_flags(folder, output)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [b"{}", *lines[1:]],
+        lambda lines: [b"[1]", *lines[1:]],
+        lambda lines: [lines[0], b"garbage", *lines[2:]],
+        lambda lines: [lines[0], b'{"name": "x"}', *lines[2:]],
+        lambda lines: [lines[0], lines[1].replace(b'"eigenvalues": "', b'"eigenvalues": "!')],
+        lambda lines: [lines[0], lines[1].replace(b'"eigenvalues": "', b'"eigenvalues": "AAAA')],
+        lambda lines: [lines[0], lines[1].replace(b'"sha256": "', b'"sha256": "xy')],
+        lambda lines: [lines[0], b"\xff\xfe", *lines[2:]],
+        lambda lines: [lines[0], b"[" * 100_000, *lines[2:]],
+        lambda lines: [b"[" * 100_000, *lines[1:]],
+    ],
+)
+def test_a_damaged_journal_is_refused_and_restart_helps(tmp_path, damage):
+    folder, output = small_run(tmp_path)
+    lines = damage(output.journal.read_bytes().splitlines())
+    output.journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(HtsrError, match="damaged") as caught:
+        resumed_flags(folder, output)
+    assert "--restart" in caught.value.hint
+    count, found = resumed_flags(folder, output, restart=True)
+    assert count == 0
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_a_journal(tmp_path):
+    folder = write_shards(tmp_path / "tiny", [llama()])
+    output = RunFiles(tmp_path / "m.metrics.json")
+    for text in ("Dear diary, no newline", "Dear diary\nline\n"):
+        output.journal.write_text(text)
+        with pytest.raises(HtsrError, match="damaged"):
+            resumed_flags(folder, output)
+        assert output.journal.read_text() == text
+
+
+def test_another_estimator_may_finish_the_run(tmp_path):
+    folder, output = small_run(tmp_path, estimator="ks")
+    count, found = resumed_flags(folder, output)
+    assert count == 9
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"engine": "portable"}, "another engine"),
+        ({"farms": Farms(rows=8)}, "another farms"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, changes, named):
+    folder, output = small_run(tmp_path)
+    before = output.journal.read_bytes()
+    with pytest.raises(HtsrError, match=named):
+        analyze(open_checkpoint(folder), settings(**changes), output)
+    assert output.journal.read_bytes() == before
+    analyze(open_checkpoint(folder), settings(**changes), output, restart=True)
+    assert output.metrics.exists()
+
+
+def test_another_checkpoint_is_refused_by_name(tmp_path):
+    folder, output = small_run(tmp_path)
+    changed = llama() | {"model.layers.1.mlp.up_proj.weight": randn(96, 64)}
+    save_file(changed, folder / "model.safetensors")
+    with pytest.raises(HtsrError, match="another checkpoint"):
+        resumed_flags(folder, output)
+    assert resumed_flags(folder, output, restart=True)[0] == 0
+
+
+def test_more_matrices_can_be_selected_when_resuming(tmp_path):
+    folder, output = small_run(tmp_path, exclude=("*layers.0.self_attn*",))
+    assert resumed_flags(folder, output)[0] == 9
+
+
+# --- killed for real ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
+    """A checkpoint that keeps a process busy for some seconds."""
+    folder = tmp_path_factory.mktemp("busy") / "busy"
+    tensors = {f"h.{i}.mlp.w.weight": randn(512, 448, seed=i).bfloat16() for i in range(60)}
+    return write_shards(folder, [tensors])
+
+
+def start(cwd, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "htsr_alloc", *map(str, args)],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def lines_of(journal):
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def wait_for_lines(process, journal, count):
+    deadline = time.monotonic() + 60
+    while lines_of(journal) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_interrupted_stopped_killed_and_run_again(busy, tmp_path, invoke):
+    journal = tmp_path / "busy.journal"
+
+    process = start(tmp_path, "analyze", busy)
+    wait_for_lines(process, journal, 4)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "interrupted; the same command goes on" in stderr
+    assert "Traceback" not in stderr
+    first = lines_of(journal)
+    assert 4 <= first < 61
+
+    process = start(tmp_path, "analyze", busy)
+    wait_for_lines(process, journal, first + 3)
+    process.send_signal(signal.SIGSTOP)  # it holds the journal, and cannot finish meanwhile
+    second_run = invoke("analyze", busy)
+    assert second_run.rc == 1
+    assert "Another run is writing busy.journal" in second_run.stderr
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    second = lines_of(journal)
+    assert first < second < 61
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["busy.journal"]
+
+    assert invoke("analyze", busy, "-q").rc == 0
+    assert not journal.exists()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert invoke("analyze", busy, "-q", "-o", whole / "busy.metrics.json").rc == 0
+    for name in ("busy.metrics.json", "busy.spectra.safetensors"):
+        if name.endswith("json"):
+            assert without_time(tmp_path / name) == without_time(whole / name)
+        else:
+            assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "busy.metrics.json",
+        "busy.spectra.safetensors",
+    ]
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+MEASURE = r"""
+    import re, sys
+    from htsr_alloc.cli.main import app
+    app(sys.argv[1:], standalone_mode=False)
+    # Not ru_maxrss, which starts at what this test's own process holds.
+    print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def peak_memory(folder, side, count, workers):
+    weight = randn(side, side).bfloat16()
+    tensors = {f"h.{i}.mlp.w.weight": weight.roll(i, 0).contiguous() for i in range(count)}
+    write_shards(folder, [tensors])
+    arguments = ["analyze", folder, "-q", "--workers", workers, "-o", folder / "m.metrics.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    (folder / "model.safetensors").unlink()
+    return int(done.stdout.splitlines()[-1]) << 10
+
+
+def test_memory_does_not_grow_with_the_number_of_matrices(tmp_path):
+    few, many = (peak_memory(tmp_path / str(count), 512, count, 2) for count in (10, 110))
+    # 100 more matrices are 50 MiB as stored and 200 MiB in float64; malloc settles within 16.
+    assert many - few < 24 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count",
+    [
+        12,
+        pytest.param(
+            100,
+            marks=pytest.mark.skipif("HTSR_FULL" not in os.environ, reason="minutes: HTSR_FULL"),
+        ),
+    ],
+)
+def test_memory_does_not_grow_with_the_number_of_2048_matrices(tmp_path, count):
+    few, many = (peak_memory(tmp_path / str(n), 2048, n, 1) for n in (4, count))
+    # 8 more matrices are 64 MiB as stored and 256 MiB as Gram matrices.
+    assert many - few < 32 << 20
+
+
+# --- where it cannot write ------------------------------------------------------------------
+
+
+def test_a_read_only_folder_is_a_sentence(model, tmp_path, run):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "m.metrics.json").write_text("old")
+    out.chmod(0o555)
+    try:
+        done = run(
+            *("analyze", model, "-q", "-o", out / "m.metrics.json"),
+            preexec_fn=drop_the_right_to_ignore_permissions,
+        )
+    finally:
+        out.chmod(0o755)
+    assert done.rc == 1
+    assert "Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in out.iterdir()] == ["m.metrics.json"]
+    assert (out / "m.metrics.json").read_text() == "old"
+
+
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(model, tmp_path, invoke):
+    path = tmp_path / "tiny.metrics.json"
+    path.write_text("old")
+    with open(path) as reader:
+        assert invoke("analyze", model, "-q").rc == 0
+        assert reader.read() == "old"
+    assert len(read_metrics(path).matrices) == 14
+
+
+def test_a_missing_folder_is_a_sentence(model, invoke):
+    done = invoke("analyze", model, "-o", "no/such/folder/m.json")
+    assert done.rc == 1
+    assert "no/such/folder" in done.stderr
+    assert "No such file or directory" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few pages, and how to enlarge it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not mount("-o", "size=16k"):
+        pytest.skip("tmpfs cannot be mounted here")
+    yield folder, lambda: mount("-o", "remount,size=4m")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
+    model, small_disk, invoke
+):
+    disk, enlarge = small_disk
+    old = disk / "m.metrics.json"
+    old.write_text("old")
+    done = invoke("analyze", model, "-q", "-o", old)
+    assert done.rc == 1
+    assert "No space left on device" in done.stderr
+    assert old.read_text() == "old"
+    kept = lines_of(disk / "m.journal")
+    assert 2 <= kept < 15
+    assert enlarge()
+    assert invoke("analyze", model, "-q", "-o", old).rc == 0
+    assert len(read_metrics(old).matrices) == 14
+    assert sorted(p.name for p in disk.iterdir()) == ["m.metrics.json", "m.spectra.safetensors"]
+
+
+def test_a_file_size_limit_is_a_sentence_too(model, run, tmp_path):
+    import resource
+
+    (tmp_path / "tiny.metrics.json").write_text("old")
+    done = run(
+        *("analyze", model, "-q"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert done.rc == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "tiny.metrics.json").read_text() == "old"
+
+
+def test_an_output_that_is_a_folder_is_a_sentence(model, tmp_path, invoke):
+    (tmp_path / "m.metrics.json").mkdir()
+    done = invoke("analyze", model, "-q", "-o", "m.metrics.json")
+    assert done.rc == 1
+    assert "Is a directory" in done.stderr
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_pipe_is_written_to_and_not_replaced(model, tmp_path, invoke):
+    assert invoke("analyze", model, "-q").rc == 0
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    try:
+        assert invoke("allocate", "--T", 4, "-q", "-o", pipe).rc == 0
+        written, _ = reader.communicate(timeout=10)
+    finally:
+        reader.kill()
+    assert json.loads(written)["budget"] == 4
+    assert pipe.is_fifo()
+
+
+# --- the real thing -------------------------------------------------------------------------
+
+
+@pytest.mark.checkpoints
+def test_a_layer_of_a_real_checkpoint(checkpoint):
+    opened = open_checkpoint(checkpoint("minilm"))
+    include = ("encoder.layer.3.attention*",)
+    metrics = analyze(opened, settings(include=include))
+    assert len(metrics.matrices) == 4
+    assert len(metrics.layers) == 6
+    for matrix in metrics.matrices:
+        ref = next(r for r in opened.tensors if r.name == matrix.tensor)
+        expected = squared_singular_values(opened.read(ref))
+        assert matrix.n_eigs == 384
+        assert matrix.lambda_max == pytest.approx(expected[-1], rel=1e-9)
+        alpha = naive.alpha(expected, "official")
+        assert matrix.pl_alpha_hill == pytest.approx(alpha, rel=1e-6)
+    assert metrics.layers[0].reason == "no matrix of this layer was analysed"
+    assert ROOT.name not in json.dumps(dataclasses.asdict(metrics))  # no path is written

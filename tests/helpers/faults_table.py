@@ -1,0 +1,187 @@
+"""``make faults``: every fault and every bad input, counted as they happen; 0 lost, 0 tracebacks.
+
+    python tests/faults_table.py [--kills 50] [--examples 1000]
+
+Exit code 1 when anything was lost, ended in a traceback, or was not survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+
+from helpers import bad_json  # noqa: F401 - adds to BAD
+from helpers.bad_inputs import BAD
+from helpers.commands import environment
+from helpers.fault_runs import FAULTS, Bench, kill_repeatedly
+from helpers.fuzz import targets
+from helpers.hubs import GAUNTLET, WAYS, client, facts, model_files, serving
+from helpers.odd_inputs import ODD
+
+
+@dataclass
+class Row:
+    """One line: ``good`` is survived, or ended in a clear error or a valid object."""
+
+    what: str
+    tried: int = 0
+    good: int = 0
+    lost: int = 0
+    tracebacks: int = 0
+
+    def failed(self, what: str, why: object) -> None:
+        print(f"FAILED: {what}: {str(why)[:2000]}", file=sys.stderr)
+
+
+def kills(folder: Path, count: int) -> Row:
+    bench, row = Bench(folder), Row("SIGKILL at a random moment", tried=count)
+    try:
+        kill_repeatedly(bench, count)
+        row.good = bench.killed
+    except AssertionError as error:
+        row.failed(row.what, error)
+    row.lost, row.tracebacks = bench.lost, bench.tracebacks
+    return row
+
+
+def other_faults(folder: Path) -> Row:
+    row = Row("other faults on this machine")
+    for number, (name, run) in enumerate(FAULTS.items()):
+        place = folder / str(number)
+        place.mkdir()
+        bench = Bench(place, seed=number)
+        row.tried += 1
+        try:
+            run(bench)
+            row.good += 1
+        except AssertionError as error:
+            row.failed(name, error)
+        row.lost += bench.lost
+        row.tracebacks += bench.tracebacks
+    return row
+
+
+def network_faults(folder: Path) -> Row:
+    """The gauntlet, by each way to get at the weights, against the local folder's result."""
+    from htsr_alloc import Settings, analyze, open_checkpoint
+    from htsr_alloc.analysis.analyze import RunFiles
+
+    row = Row("faults of the network")
+    model_files(folder / "tiny")
+    whole = RunFiles(folder / "whole.metrics.json")
+    analyze(open_checkpoint(folder / "tiny"), Settings("official"), whole)
+    with serving(folder) as hub:
+        for way, options in WAYS.items():
+            cwd = folder / way
+            cwd.mkdir()
+            hub.reset(*GAUNTLET)
+            done = client(hub.url, cwd, "analyze", "org/tiny", "-q", *options)
+            met = sum(r["fault"] is not None for r in hub.requests)
+            row.tried += met
+            row.tracebacks += "Traceback" in done.stderr
+            found = cwd / "tiny.metrics.json"
+            if done.rc == 0 and facts(found) == facts(whole.metrics):
+                row.good += met
+            else:
+                row.lost += 21
+                row.failed(way, done.stderr)
+    return row
+
+
+def commands(folder: Path, builds: dict[str, Any], code: int, what: str) -> Row:
+    """Each input by a command in a process of its own."""
+    row = Row(what)
+
+    def one(item: tuple[int, str]) -> tuple[str, int, str]:
+        place = folder / f"{item[0]}" / "input"
+        place.mkdir(parents=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "htsr_alloc", *map(str, builds[item[1]](place))],
+            cwd=place.parent,
+            env=environment(OMP_NUM_THREADS="1"),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+        return item[1], done.returncode, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        for name, found, text in pool.map(one, enumerate(builds)):
+            row.tried += 1
+            row.tracebacks += "Traceback" in text
+            errors = sum(line.startswith("error: ") for line in text.splitlines())
+            if (found, errors) == (code, code) and "\x1b" not in text:
+                row.good += 1
+            else:
+                row.failed(name, text)
+    return row
+
+
+def counting(row: Row, function: Callable[[bytes], bool]) -> Callable[[bytes], None]:
+    def feed(data: bytes) -> None:
+        row.tried += 1
+        function(data)
+        row.good += 1
+
+    return feed
+
+
+def fuzzing(examples: int) -> Iterator[Row]:
+    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    for name, (strategy, function) in targets().items():
+        row = Row(f"fuzzed: {name}")
+        feed = given(strategy)(counting(row, function))
+        try:
+            settings(max_examples=examples, derandomize=True, **options)(feed)()
+        except Exception as error:
+            row.tracebacks += 1
+            row.failed(row.what, error)
+        yield row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--examples", type=int, default=1000, help="of each fuzzed reader")
+    asked, start = parser.parse_args(), time.monotonic()
+    line = "{:34} {:>6} {:>9} {:>6} {:>11}"
+
+    def show(row: Row) -> Row:
+        print(line.format(row.what, row.tried, row.good, row.lost, row.tracebacks), flush=True)
+        return row
+
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / name for name in ("kills", "faults", "network", "bad", "odd")]
+        for folder in folders:
+            folder.mkdir()
+        print(line.format("faults", "tried", "survived", "lost", "tracebacks"))
+        faults = [show(kills(folders[0], asked.kills)), show(other_faults(folders[1]))]
+        faults.append(show(network_faults(folders[2])))
+        print("\n" + line.format("bad inputs", "tried", "clear end", "", "tracebacks"))
+        inputs = [show(commands(folders[3], BAD, 1, "one sentence"))]
+        odd = {name: build for name, (build, _) in ODD.items()}
+        inputs.append(show(commands(folders[4], odd, 0, "readable, marked")))
+        inputs += [show(row) for row in fuzzing(asked.examples)]
+    rows = faults + inputs
+    print(
+        f"\n{sum(r.tried for r in faults)} faults tried, {sum(r.good for r in faults)} survived, "
+        f"{sum(r.lost for r in rows)} results lost; {sum(r.tried for r in inputs)} bad inputs "
+        f"tried, {sum(r.good for r in inputs)} clear ends; "
+        f"{sum(r.tracebacks for r in rows)} tracebacks; {time.monotonic() - start:.0f} s"
+    )
+    return int(any(r.good < r.tried or r.lost or r.tracebacks for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.spectra import band, engines, lapack
+from htsr_alloc.spectra.estimators import ESTIMATORS, fit
+from htsr_alloc.spectra.spectrum import spectrum
+
+needs_lapack = pytest.mark.skipif(
+    lapack.load() is None, reason="the package scipy-openblas64 is not installed"
+)
+
+
+def heavy(m: int, n: int, seed: int = 0, dtype=torch.float16) -> torch.Tensor:
+    """A heavy-tailed (m, n) matrix: columns of very unequal strength."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(n, generator=generator) ** -0.5
+    return (0.02 * torch.randn(m, n, generator=generator) * scale).to(dtype)
+
+
+def reference(weight: torch.Tensor) -> np.ndarray:
+    return np.linalg.svd(weight.double().numpy(), compute_uv=False)[::-1] ** 2
+
+
+@needs_lapack
+@pytest.mark.parametrize("n", [2, 63, 64, 65, 200, 513])
+@pytest.mark.parametrize("kd", [0, 8, 64])
+def test_one_stage_and_two_give_the_same_eigenvalues(n, kd, monkeypatch):
+    monkeypatch.setattr(engines, "bandwidth", lambda n: kd if n > kd else 0)
+    weight = heavy(n + 30, n)
+    values, name = engines.exact(weight)
+    np.testing.assert_allclose(values, reference(weight), rtol=1e-10)
+    assert name.endswith("two stages" if kd and n > kd else "one stage")
+
+
+@needs_lapack
+def test_two_stages_are_taken_where_they_are_faster():
+    n = engines.TWO_STAGE
+    assert engines.bandwidth(n - 1) == 0
+    assert engines.bandwidth(n) > 0
+    weight = heavy(n, n)
+    values, name = engines.exact(weight)
+    assert name == "float64 Gram, two stages"
+    assert values.sum() == pytest.approx(float(weight.double().square().sum()), rel=1e-12)
+    expected = torch.linalg.eigvalsh(weight.double().T @ weight.double()).numpy()
+    np.testing.assert_allclose(values, expected, atol=1e-13 * expected[-1])
+
+
+@needs_lapack
+@pytest.mark.parametrize("shape", [(3000, 40), (1025, 40), (40, 3000), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_gram_matrix_of_chunks_in_either_order(shape, dtype):
+    weight = heavy(*shape, dtype=dtype)
+    tall = weight if shape[0] >= shape[1] else weight.T  # a view that is not contiguous
+    expected = tall.double().T.numpy() @ tall.double().numpy()
+    np.testing.assert_allclose(
+        np.tril(engines.gram(tall)), np.tril(expected), atol=1e-14 * expected.max()
+    )
+
+
+@needs_lapack
+@pytest.mark.parametrize("shape", [(130, 130), (400, 64), (200, 65), (500, 129), (64, 64), (3, 2)])
+def test_the_band_has_the_matrix_singular_values(shape):
+    weight = heavy(*shape, dtype=torch.float32)
+    library = lapack.load()
+    packed = band.band(library, weight)
+    n = shape[1]
+    full = np.zeros((n, n))
+    for k in range(min(band.WIDTH + 1, n)):
+        full += np.diag(packed[k, : n - k], -k) + (np.diag(packed[k, : n - k], k) if k else 0)
+    found = np.sqrt(np.maximum(np.linalg.eigvalsh(full), 0))
+    expected = np.sqrt(reference(weight))
+    assert np.abs(found - expected).max() < 2e-6 * expected[-1]
+    assert not full[np.abs(np.subtract.outer(range(n), range(n))) > band.WIDTH].any()
+
+
+@needs_lapack
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_fast_leaves_what_float32_cannot_hold_to_exact(scale):
+    weight = heavy(50, 40, dtype=torch.float32) * scale
+    values, name = engines.fast(weight)
+    assert name.startswith("float64 Gram")
+    np.testing.assert_allclose(values, reference(weight), rtol=1e-10)
+
+
+@needs_lapack
+def test_fast_leaves_tiny_singular_values_to_exact():
+    weight = torch.diag(torch.logspace(-7, 0, 60))
+    assert engines.fast(weight)[1].startswith("float64 Gram")
+    assert engines.fast(torch.diag(torch.logspace(-3, 0, 60)))[1] == "float32 band"
+
+
+@needs_lapack
+def test_auto_takes_float32_only_where_every_estimator_agrees(monkeypatch):
+    monkeypatch.setattr(engines, "TWO_STAGE", 100)
+    taken = 0
+    for seed in range(12):
+        weight = heavy(500, 150, seed)
+        values, name = engines.auto(weight)
+        expected = reference(weight)
+        if not name.endswith("guarded"):
+            np.testing.assert_allclose(values, expected, rtol=1e-10)
+            continue
+        taken += 1
+        assert np.abs(values - expected).max() > 0
+        assert (np.abs(values - expected) <= engines.float32_error(expected)).all()
+        for estimator in ESTIMATORS:
+            mine, theirs = fit(values, estimator), fit(expected, estimator)
+            assert mine.alpha == pytest.approx(theirs.alpha, rel=2e-5)
+            assert mine.k == theirs.k
+    assert 0 < taken < 12
+
+
+@needs_lapack
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(500, 150),  # lambda_min is zero
+        heavy(500, 150) * 0,
+        heavy(500, 150, dtype=torch.float32) * 1e-25,  # squares leave float32
+        heavy(500, 150, dtype=torch.float32) * 1e25,
+        heavy(500, 150, dtype=torch.float64),
+        heavy(200, 150),  # nearly square
+    ],
+)
+def test_auto_leaves_what_float32_cannot_vouch_for_to_float64(weight, monkeypatch):
+    monkeypatch.setattr(engines, "TWO_STAGE", 100)
+    name = engines.auto(weight)[1]
+    assert name.startswith("float64")
+    tried = weight.dtype != torch.float64 and weight.shape[0] >= engines.TALL * weight.shape[1]
+    assert name.endswith("(float32 not certain)") == tried
+
+
+@needs_lapack
+def test_float32_is_dropped_where_the_peak_of_these_bins_is_uncertain(monkeypatch):
+    """Whatever the seed, some number of bins puts an edge within float32's error."""
+    monkeypatch.setattr(engines, "TWO_STAGE", 100)
+    weight = heavy(500, 150, seed=0)
+    taken = {bins: engines.auto(weight, bins)[1].endswith("guarded") for bins in range(2, 200, 3)}
+    for bins, guarded in taken.items():
+        values = engines.symmetric_eigenvalues(engines.gram(weight, np.float32))
+        certain = engines.peak_is_certain(values, engines.float32_error(values), bins)
+        assert guarded == certain, bins
+    assert set(taken.values()) == {True, False}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    exponents=st.lists(st.floats(-3, 3), min_size=3, max_size=60),
+    relative=st.sampled_from([1e-12, 1e-6, 1e-3, 1e-2]),
+    bins=st.integers(2, 40),
+    seed=st.integers(0, 10**6),
+)
+def test_a_certain_peak_survives_every_error_within_the_bound(exponents, relative, bins, seed):
+    values = np.sort(10.0 ** np.array(exponents))
+    error = relative * values
+    if values[0] == values[-1] or not engines.peak_is_certain(values, error, bins):
+        return
+    expected = np.histogram(np.log10(values), bins)[0].argmax()
+    rng = np.random.default_rng(seed)
+    for size in (0.5, 0.999):
+        signs = rng.choice([-1, 1], len(values)) if size > 0.9 else rng.uniform(-1, 1, len(values))
+        moved = np.sort(values + size * error * signs)
+        assert np.histogram(np.log10(moved), bins)[0].argmax() == expected
+
+
+def test_a_tie_that_an_error_can_break_is_not_certain():
+    edge = 10.0 ** np.array([0.0, 0.0999999999, 0.52, 0.55, 1.0])  # one of the first two at an edge
+    assert not engines.peak_is_certain(edge, 1e-6 * edge, 10)
+    clear = 10.0 ** np.array([0.0, 0.02, 0.04, 0.55, 1.0])
+    assert engines.peak_is_certain(clear, 1e-6 * clear, 10)
+
+
+@needs_lapack
+@pytest.mark.parametrize("engine", ["exact", "fast", "auto"])
+def test_threads_do_not_change_a_bit(engine):
+    weights = [heavy(300 + 7 * i, 280, seed=i) for i in range(8)]
+    alone = [engines.ENGINES[engine](weight, 100)[0] for weight in weights]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda w: engines.ENGINES[engine](w, 100)[0], weights * 3))
+    for i, values in enumerate(together):
+        assert np.array_equal(values, alone[i % 8])
+
+
+def test_without_the_package_torch_does_the_work_and_is_named(monkeypatch):
+    monkeypatch.setattr(lapack, "load", lambda: None)
+    weight = heavy(80, 60)
+    found = spectrum(weight)
+    assert found.engine == "float64 Gram, eigvalsh"
+    np.testing.assert_allclose(found.eigenvalues, reference(weight), rtol=1e-10)
+    for engine in ("exact", "fast"):
+        with pytest.raises(HtsrError, match="need the package scipy-openblas64") as caught:
+            spectrum(weight, engine=engine)
+        assert "portable" in caught.value.hint
+
+
+def test_cpu_engines_are_refused_on_a_gpu():
+    with pytest.raises(HtsrError, match="runs on the CPU only"):
+        engines.check_engine("exact", "cuda")
+    engines.check_engine("auto", "cuda")
+    engines.check_engine("cuda", "cuda:1")
+    with pytest.raises(HtsrError, match="needs a CUDA device"):
+        engines.check_engine("cuda", "cpu")
+
+
+@needs_lapack
+def test_a_routine_that_fails_says_so():
+    library = lapack.load()
+    assert library.name.startswith("OpenBLAS ")
+    with pytest.raises(lapack.LapackError, match="dsterf returned info"):
+        library.sterf(np.array([np.nan, 1.0, 2.0]), np.array([1.0, 1.0]))

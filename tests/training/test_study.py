@@ -1,0 +1,338 @@
+"""The study: equal budgets, cells that survive kill -9, and the numbers of its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.commands import ROOT, environment
+
+pytest.importorskip("peft", reason="needs the extra [train]")
+pytest.importorskip("accelerate", reason="needs the extra [train]")
+
+import yaml
+from helpers import training_tiny
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Metrics, dumps, loads
+from htsr_alloc.training.study import summary
+from htsr_alloc.training.study.budget import fitted
+from htsr_alloc.training.study.plan import RowSpec, cells, fingerprint, read_study
+from htsr_alloc.training.study.store import Store
+
+ROWS = [
+    {"name": "untrained", "system": "none"},
+    {"name": "uniform", "main": True},
+    {"name": "LoRA", "main": True, "system": "lora"},
+    {"name": "MoLA", "strategy": "mola", "groups": "13"},
+]
+PLAN = {
+    "model": "model",
+    "metrics": "tiny.metrics.json",
+    "results": "results.jsonl",
+    "experts": 6,
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "dtype": "float32",
+    "seeds": [1, 2],
+    "recipe": {"steps": 3, "batch_size": 4, "learning_rate": 0.01},
+    "tasks": {
+        "words": {"train": "train.jsonl", "test": "test.jsonl", "test_rows": 20},
+        "choices": {"train": "choices.jsonl", "test": "choices.jsonl", "test_rows": 20},
+    },
+    "rows": ROWS,
+}
+
+
+@pytest.fixture
+def plan(tmp_path, invoke):
+    """study.yaml beside a tiny model, its metrics and two tasks: 12 cells."""
+    training_tiny.folder(tmp_path / "model")
+    done = invoke("analyze", "model", "-o", "tiny.metrics.json", "-q")
+    assert done.rc == 0, done.stderr
+    training_tiny.write(tmp_path / "train.jsonl", training_tiny.learnable_rows(40))
+    training_tiny.write(tmp_path / "test.jsonl", training_tiny.learnable_rows(30, seed=1))
+    training_tiny.write(tmp_path / "choices.jsonl", training_tiny.choice_rows(30))
+    return saved(tmp_path, PLAN)
+
+
+def saved(folder, data):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def keys(path):
+    if not path.exists():
+        return []
+    return [(x["task"], x["row"], x["seed"]) for x in lines(path)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start(plan):
+    return subprocess.Popen(
+        [sys.executable, "-m", "htsr_alloc", "study", plan.name, "--device", "cpu"],
+        cwd=plan.parent,
+        env=environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def begun(stderr):
+    """The cells that a process said it began: "words: LoRA, seed 1 (9 of 12 left)"."""
+    said = [line for line in stderr.splitlines() if " left)" in line]
+    parts = [line.rpartition(" (")[0].replace(", seed ", ": ").split(": ") for line in said]
+    return [(task, row, int(seed)) for task, row, seed in parts]
+
+
+def test_killed_at_any_moment_no_cell_is_lost_or_run_twice(plan, invoke):
+    results, draw = plan.parent / "results.jsonl", random.Random(0)
+    planned = [cell.key for cell in cells(read_study(plan))]
+    assert len(planned) == 12
+    for workers in (2, 1):
+        before, running = keys(results), [start(plan) for _ in range(workers)]
+        while len(keys(results)) < len(before) + 2:
+            assert any(process.poll() is None for process in running)
+            time.sleep(0.02)
+        time.sleep(draw.random())
+        for process in running:
+            process.send_signal(signal.SIGKILL)
+        said = [cell for process in running for cell in begun(process.communicate()[1])]
+        assert len(set(said)) == len(said)  # no cell by both
+        assert not set(said) & set(before)  # nothing finished is run again
+        assert keys(results)[: len(before)] == before
+    done = invoke("study", plan.name, "--device", "cpu", "-q")
+    assert done.rc == 0, done.stderr
+    assert sorted(keys(results)) == sorted(planned)
+    assert "12 of 12 cells" in done.stdout
+    again = invoke("study", plan.name, "--device", "cpu")
+    assert begun(again.stderr) == []
+
+    cut = {(x["task"], x["row"], x["seed"]): x for x in lines(results)}
+    results.unlink()
+    assert invoke("study", plan.name, "--device", "cpu", "-q").rc == 0
+    for line in lines(results):  # and the numbers are those of one quiet run
+        other = cut[(line["task"], line["row"], line["seed"])]
+        assert line["hits"] == other["hits"]
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
+
+
+def test_other_settings_are_refused(plan, invoke):
+    assert invoke("study", plan.name, "--device", "cpu", "--limit", 1).rc == 0
+    saved(plan.parent, {**PLAN, "recipe": {**PLAN["recipe"], "steps": 4}})
+    done = invoke("study", plan.name, "--device", "cpu")
+    assert done.rc == 1
+    assert "results.jsonl has uniform on words with other settings" in done.stderr
+
+
+def test_a_fingerprint_follows_the_data_and_not_the_name(plan):
+    study = read_study(plan)
+    first = cells(study)[0]
+    before = fingerprint(study, first)
+    assert before == fingerprint(read_study(plan), first)
+    with open(plan.parent / "train.jsonl", "a") as file:
+        file.write('{"prompt": "w9", "completion": " w8"}\n')
+    assert before != fingerprint(study, first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": 3}, "unknown key 'budget' in study"),
+        ({"rows": [{"name": "a", "sytem": "lora"}]}, "unknown key 'sytem' in rowspec"),
+        ({"tasks": {"a": {"train": "t.jsonl"}}}, "has a task without 'test'"),
+        ({"rows": [*ROWS, ROWS[1]]}, "two rows called 'uniform'"),
+        ({"baseline": "none"}, "has no row 'none', its baseline"),
+        ({"tasks": {}}, "no tasks"),
+        ({"recipe": [1]}, "recipe is no mapping"),
+    ],
+)
+def test_a_wrong_plan_is_one_sentence(changes, said, tmp_path):
+    with pytest.raises(HtsrError) as caught:
+        read_study(saved(tmp_path, {**PLAN, **changes}))
+    assert said in caught.value.message
+
+
+def test_a_torn_or_foreign_line_is_named(tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    store.add({"task": "a", "row": "b", "seed": 1})
+    with open(tmp_path / "r.jsonl", "a") as file:
+        file.write("{}\n")
+    with pytest.raises(HtsrError, match="line 2: this is no cell"):
+        store.read()
+
+
+LAYERS = 4
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 64,
+}
+
+
+def on_smollm2_shapes(folder, **changes):
+    """A study of SmolLM2's first layers, from its config and metrics alone."""
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    path = ROOT / "data" / "smollm2.metrics.json"
+    whole = loads(Metrics, path.read_bytes(), path.name)
+    part = dataclasses.replace(
+        whole,
+        layers=whole.layers[:LAYERS],
+        matrices=tuple(m for m in whole.matrices if m.layer < LAYERS),
+    )
+    (folder / "part.metrics.json").write_text(dumps(part))
+    data = {**PLAN, "model": ".", "metrics": "part.metrics.json", "r": 8, "lora_alpha": 16}
+    return read_study(saved(folder, {**data, "experts": 5 * LAYERS, **changes}))
+
+
+@pytest.mark.parametrize("system", ["alphalora", "lora", "goat", "hydra", "mor", "em_lora"])
+def test_every_system_meets_the_budget(system, tmp_path):
+    study = on_smollm2_shapes(tmp_path)
+    made = fitted(study, RowSpec(system, system=system))
+    # q, k, v, o, gate, up, down: 5 experts of rank 8, and 5 rows of a router.
+    sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    want = LAYERS * sum(5 * (8 * (a + b) + a) for a, b in sizes)
+    assert made.trainable == pytest.approx(want, rel=0.01)
+    assert made.adapter.lora_alpha / made.adapter.r == 2
+
+
+def test_a_budget_that_cannot_be_met_is_refused(tmp_path):
+    study = on_smollm2_shapes(tmp_path, experts=LAYERS, r=1, lora_alpha=2)
+    with pytest.raises(HtsrError, match=r"MoR trains .* of the budget's"):
+        fitted(study, RowSpec("MoR", system="mor"))
+
+
+def test_paired_differences_by_hand():
+    # Seed 1: rows 0, 1 gained; seed 2: row 0 gained, row 3 lost.
+    found = summary.difference(["1110", "1010"], ["0010", "0011"])
+    assert found.by_seed == (0.5, 0.0)
+    assert found.mean == 0.25
+    # By row over seeds: 1, 1/2, 0, -1/2; deviation 0.6455, over sqrt(4), times 1.96.
+    assert found.over_rows == pytest.approx(1.959964 * 0.6454972 / 2, abs=1e-6)
+    # The seeds' deviation 0.35355, over sqrt(2); Student's t with one degree is 12.7062.
+    assert found.over_seeds == pytest.approx(12.7062 * 0.3535534 / 2**0.5, abs=1e-4)
+    assert summary.difference(["10"], ["01"]).over_seeds is None
+
+
+def test_the_mean_over_tasks_by_hand():
+    def line(task, accuracy, difference):
+        return summary.Line(task, "a", 2, 10, 7, accuracy, 0.03, accuracy / 10, difference)
+
+    differences = [
+        summary.Difference(0.1, 0.03, 12.7062 * 0.02, (0.08, 0.12)),
+        summary.Difference(-0.04, 0.04, 12.7062 * 0.01, (-0.05, -0.03)),
+    ]
+    made = summary.over_tasks([line("x", 0.5, differences[0]), line("y", 0.7, differences[1])])
+    assert (made.task, made.row, made.rows) == ("all tasks", "a", 20)
+    assert made.accuracy == pytest.approx(0.6)
+    assert made.loss == pytest.approx(0.06)
+    assert made.deviation == pytest.approx(0.03 / 2**0.5)
+    assert made.difference.mean == pytest.approx(0.03)
+    assert made.difference.over_rows == pytest.approx(0.025)
+    # Standard errors 0.02 and 0.01 on one degree each: two degrees, t is 4.30265.
+    assert made.difference.over_seeds == pytest.approx(4.30265 * 0.0005**0.5 / 2, abs=1e-6)
+    assert made.difference.by_seed == pytest.approx((0.015, 0.045))
+
+
+def test_all_tasks_hold_the_rows_that_every_task_has(plan):
+    study = read_study(plan)
+    first, *_, last = study.tasks
+    made = {
+        (task, row, 1): {"accuracy": 0.5, "hits": "10", "loss": 1.0, "n": 2, "trainable": 3}
+        for task in study.tasks
+        for row in ("uniform", "LoRA", "untrained")
+    }
+    del made[last, "LoRA", 1]
+    assert first != last
+    found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
+    assert found == ["untrained", "uniform"]
+    made[last, "LoRA", 2] = made[first, "LoRA", 1]  # as many seeds, and not the same
+    found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
+    assert found == ["untrained", "uniform"]
+
+
+def test_the_main_rows_of_every_task_come_first(plan):
+    study = read_study(plan)
+    planned = [cell.key for cell in cells(study)]
+    main = {row.name for row in study.rows if row.main}
+    assert len(set(planned)) == len(planned)
+    count = len(main) * len(study.seeds) * len(study.tasks)
+    assert all(row in main for _, row, _ in planned[:count])
+    assert all(row not in main and seed == 1 for _, row, seed in planned[count:])
+
+
+def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
+    study = read_study(plan)
+    store = Store(study.results)
+    hits = {("uniform", 1): "1100", ("uniform", 2): "1000", ("LoRA", 1): "1111",
+            ("LoRA", 2): "1110", ("untrained", 1): "0000"}  # fmt: skip
+    for cell in cells(study):
+        if cell.task == "words" and (cell.row.name, cell.seed) in hits:
+            own = hits[cell.row.name, cell.seed]
+            store.add(
+                {
+                    "task": "words",
+                    "row": cell.row.name,
+                    "seed": cell.seed,
+                    "n": 4,
+                    "accuracy": own.count("1") / 4,
+                    "hits": own,
+                    "loss": 0.5,
+                    "trainable": 1234,
+                    "fingerprint": fingerprint(study, cell),
+                }
+            )
+    (tmp_path / "doc.md").write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    done = invoke("study", plan.name, "--report", "--into", "doc.md", "--figure", "figure.png")
+    assert done.rc == 0, done.stderr
+    table = done.stdout.splitlines()
+    assert table[2].startswith("| words | untrained | 1 | 1,234 | 0.0% | - | -50.0% |")
+    assert table[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | - | - | - | 0.500 |")
+    assert table[4].startswith("|  | LoRA | 2 | 1,234 | 87.5% | 17.7% | +50.0% | ±")
+    assert "5 of 12 cells; n = 4 test rows a task" in done.stdout
+    other = invoke("study", plan.name, "--report", "--baseline", "LoRA").stdout.splitlines()
+    assert "| less LoRA |" in other[0]
+    assert other[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | -50.0% | ±")
+    wrong = invoke("study", plan.name, "--report", "--baseline", "lora")
+    assert (wrong.rc, "has no row 'lora'" in wrong.stderr) == (1, True)
+    text = (tmp_path / "doc.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert done.stdout in text
+    assert "old" not in text
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_a_cell_hangs_on_the_scores_and_not_on_the_metrics_files_other_bytes(plan):
+    study = read_study(plan)
+    cell, path = cells(study)[0], plan.parent / "tiny.metrics.json"
+    first, metrics = fingerprint(study, cell), json.loads(path.read_text())
+    metrics["tool"]["created"] = "2001-01-01T00:00:00Z"
+    path.write_text(json.dumps(metrics))
+    assert fingerprint(study, cell) == first
+    metrics["layers"][0]["pl_alpha_hill"] *= 1.01
+    path.write_text(json.dumps(metrics))
+    assert fingerprint(study, cell) != first
+
+
+def test_reading_results_writes_nothing(plan):
+    before = set(plan.parent.iterdir())
+    assert Store(plan.parent / "results.jsonl").read() == {}
+    assert set(plan.parent.iterdir()) == before
