@@ -358,3 +358,9 @@ def test_csv_has_a_row_a_linear():
     assert [(r["module"], r["role"], int(r["experts"]), int(r["top_k"])) for r in rows] == [
         (m.name, m.role, m.experts, m.top_k) for m in made.modules
     ]
+
+
+def test_a_model_is_for_exports_that_name_modules(saved, model, invoke):
+    done = invoke("export", saved, "--to", "csv", "--model", model)
+    assert done.rc == 1
+    assert "The csv export does not name modules, so that --model means nothing" in done.stderr
