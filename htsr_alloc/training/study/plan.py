@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from htsr_alloc import files
-from htsr_alloc.allocation import Bounds, allocate, parse_groups
+from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.config import SYSTEMS
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
@@ -88,15 +88,15 @@ class Study:
     def allocation(self, row: RowSpec, budget: int) -> Allocation:
         """A row's experts per layer for a budget T."""
         path = row.metrics or self.metrics
+        groups = parse_groups(row.groups) if row.groups else None
+        keywords = {"beta": row.beta, "metric": row.metric, "groups": groups}
         return allocate(
             loads(Metrics, files.read_bytes(path), path.name),
             strategy=row.strategy,
-            budget=budget,
-            beta=row.beta,
-            metric=row.metric,
+            T=budget,
             repair=row.repair,
             bounds=Bounds(low=1),
-            groups=parse_groups(row.groups) if row.groups else (),
+            **{k: v for k, v in keywords.items() if k in keywords_of(row.strategy)},
         )
 
     def recipe_of(self, cell: Cell) -> Recipe:
