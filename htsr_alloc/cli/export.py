@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from htsr_alloc.cli.opening import layer_map_of, opened
-from htsr_alloc.cli.options import (
-    CacheDir,
-    Offline,
-    OutFile,
-    Quiet,
-    Revision,
-    Token,
-)
+from htsr_alloc.allocation.exports import Lora
+from htsr_alloc.cli.choices import EXPORT
+from htsr_alloc.cli.opening import Hub, layer_map_of
+from htsr_alloc.cli.options import LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -25,24 +20,28 @@ if TYPE_CHECKING:
 
 def export(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
-    to: Annotated[str, typer.Option(help="mola, peft-rank, axolotl or csv.")],
+    to: Annotated[str, "Format to write.", EXPORT],
     model: Annotated[
-        Optional[str], typer.Option(help="The checkpoint, whose module names are then checked.")
+        Optional[str], "Checkpoint against whose module names the patterns are checked."
     ] = None,
-    target: Annotated[
-        Optional[list[str]], typer.Option(help="Adapt modules of this name; repeatable.")
-    ] = None,
-    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(help="Numerator of the LoRA scale.")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    offline: Offline = False,
+    target: Target = None,
+    r: LoraR = Lora.r,
+    lora_alpha: Annotated[int, "LoRA's alpha: the scale of an expert is alpha / r."] = (
+        Lora.lora_alpha
+    ),
+    lora_dropout: LoraDropout = Lora.lora_dropout,
     output: OutFile = None,
     quiet: Quiet = False,
+    *,
+    hub: Hub,
 ) -> None:
-    """Write an allocation in the words of another trainer."""
+    """Write an allocation in another trainer's format.
+
+    Examples:
+        htsr export smollm2.allocation.json --to mola
+        htsr export smollm2.allocation.json --to peft-rank --target q_proj -o lora.json
+        htsr export smollm2.allocation.json --to csv
+    """
     from htsr_alloc import files, records
     from htsr_alloc.allocation import exports as exporting
 
@@ -54,7 +53,7 @@ def export(
     elif to == "peft-rank":
         modules = None
         if model is not None:
-            modules = modules_of(opened(model, revision, token, cache_dir, offline))
+            modules = modules_of(hub.open(model))
         text = exporting.to_peft_rank(loaded, lora, modules)
     elif to == "axolotl":
         text = exporting.to_axolotl(loaded, lora)
@@ -64,11 +63,7 @@ def export(
         raise HtsrError(
             f"There is no export {to!r}.", f"Choose from {', '.join(exporting.EXPORTS)}."
         )
-    if output is None or str(output) == "-":
-        screen.text(text)
-    else:
-        files.write_text(output, text)
-        screen.note(f"wrote {output}")
+    screen.save(text, output)
 
 
 def modules_of(checkpoint: Checkpoint) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -12,8 +13,10 @@ from typing import Any
 
 import typer
 
+from htsr_alloc.cli.choices import UnknownName
+from htsr_alloc.cli.options import flags
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.cli.secrets import hide_from_others, redacted
+from htsr_alloc.cli.secrets import redacted
 from htsr_alloc.errors import HtsrError
 
 GOES_ON = "the same command goes on where this one stopped."
@@ -46,7 +49,6 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         token = arguments.get("token")
-        hide_from_others(token)
         try:
             function(**arguments)
         except (typer.Exit, SystemExit):
@@ -78,6 +80,18 @@ def _ending(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):
-        screen.error(error)
-        return typer.Exit(1)
+        screen.error(in_options(error))
+        return typer.Exit(2 if isinstance(error, UnknownName) else 1)
     return error
+
+
+def in_options(error: HtsrError) -> HtsrError:
+    """The error in the command line's words: ``top_k must be ...`` as ``--top-k must be ...``."""
+    field = getattr(error, "field", None)
+    if field is None:
+        return error
+
+    def said(text: str) -> str:
+        return re.sub(rf"\b{re.escape(field)}\b", flags(field)[0], text)
+
+    return HtsrError(said(error.message), error.hint and said(error.hint))
