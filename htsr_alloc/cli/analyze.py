@@ -10,7 +10,7 @@ from htsr_alloc.cli import views
 from htsr_alloc.cli.choices import ENGINE, ESTIMATOR
 from htsr_alloc.cli.inspect import show
 from htsr_alloc.cli.opening import Hub, Selection, Shards, say_transfer, warn_unfitted
-from htsr_alloc.cli.options import Device, OutFile, Source, Strict
+from htsr_alloc.cli.options import OutFile, Source, Strict
 from htsr_alloc.cli.screen import Screen, parse_size
 from htsr_alloc.records import Farms, Settings
 
@@ -28,7 +28,7 @@ def analyze(
     ] = None,
     bins: Annotated[int, "Bins of the histogram that finds the peak."] = Settings.bins,
     engine: Annotated[str, "How eigenvalues are computed.", ENGINE] = Settings.engine,
-    device: Device = "auto",
+    device: Annotated[str, "Where to compute: auto, cpu, cuda or cuda:N."] = "auto",
     farms: Annotated[bool, "Pool the eigenvalues of windows of one shape (FARMS)."] = False,
     farms_rows: Annotated[int, "Rows of a FARMS window."] = Farms.rows,
     farms_ratio: Annotated[float, "Columns of a FARMS window divided by its rows."] = Farms.ratio,
@@ -53,7 +53,7 @@ def analyze(
     Examples:
         htsr analyze Qwen/Qwen3-0.6B
         htsr analyze model --estimator median --exclude '*k_proj*' -o median.metrics.json
-        htsr analyze Qwen/Qwen3-0.6B --drop-shards --max-memory 8GB
+        htsr analyze Qwen/Qwen3-0.6B --workers 4 --max-memory 8GB
     """
     checkpoint = hub.open(source, shards.way)
     if dry_run:

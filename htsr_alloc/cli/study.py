@@ -30,7 +30,7 @@ def study(
 
     Examples:
         htsr study data/study/smollm2.yaml --report
-        htsr study data/study/smollm2.yaml --report --baseline mola-2468 --figure study.svg
+        htsr study data/study/smollm2.yaml --report --baseline MoLA-2468 --figure study.svg
     """
     check_installed()
     from htsr_alloc.training.models import device_of, silence
