@@ -17,7 +17,7 @@ ARROWS = {
     "analysis": {"records", "checkpoints", "spectra"},
     "allocation": {"records", "spectra", "analysis"},
     "lora_moe": {"records", "checkpoints", "allocation"},
-    "training": {"records", "allocation", "lora_moe"},
+    "training": {"records", "spectra", "allocation", "lora_moe"},
     "watching": {"records", "spectra", "analysis", "lora_moe"},
     "reports": {"records", "allocation"},
 }

@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.options import AsJson, OutFile, Quiet
+from htsr_alloc.cli.choices import POOL, REPAIR, STRATEGY
+from htsr_alloc.cli.options import OutFile
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -51,10 +52,7 @@ def allocate(
         bool, typer.Option("--per-module", help="A count for each linear, not for each layer.")
     ] = False,
     pool: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Which linears --per-module compares: role (default), those of one; all."
-        ),
+        Optional[str], "Linears that --per-module compares with each other; default role.", POOL
     ] = None,
     targets: Annotated[
         Optional[list[str]],
@@ -62,12 +60,10 @@ def allocate(
             "--target", help="Linears that are adapted, for --params and --per-module; repeatable."
         ),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="alphalora, uniform, mola or explicit.")] = (
-        "alphalora"
-    ),
-    repair: Annotated[str, typer.Option(help="remainder, or official: eq. 7 as released.")] = (
-        "remainder"
-    ),
+    strategy: Annotated[str, "How counts are decided.", STRATEGY] = "alphalora",
+    repair: Annotated[
+        str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
+    ] = "remainder",
     low: Annotated[int, typer.Option("--min", help="Least experts of a layer.")] = 1,
     high: Annotated[Optional[int], typer.Option("--max", help="Most experts of a layer.")] = None,
     top_k: Annotated[int, typer.Option(help="K: experts a token uses, at most.")] = 2,
@@ -86,15 +82,20 @@ def allocate(
     draws: Annotated[
         Optional[int], typer.Option(help="Bootstrap draws of --sensitivity; default 200.")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the bootstrap; default 0.")] = None,
+    seed: Annotated[Optional[int], "Seed of the bootstrap; default 0."] = None,
     output: OutFile = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    *,
+    screen: Screen,
 ) -> None:
-    """Turn scores into experts per layer and write MODEL.allocation.json."""
+    """Turn scores into experts per layer and write MODEL.allocation.json.
+
+    Examples:
+        htsr allocate --T 160 --beta 2.5
+        htsr allocate smollm2.metrics.json --params 10M --per-module --target q_proj -o -
+        htsr allocate --strategy mola --groups 2468 --layers 32
+    """
     from htsr_alloc import allocation, files, records
 
-    screen = Screen(as_json, quiet)
     to_stdout = output is not None and str(output) == "-"
     _refuse_idle(
         {
@@ -156,7 +157,7 @@ def allocate(
         return
     path = output or Path(f"{stem}.allocation.json")
     files.write_text(path, records.dumps(result))
-    views.show_allocation(screen, result, report)
+    screen.show(views.allocation(result, report))
     screen.note(f"wrote {path}")
 
 

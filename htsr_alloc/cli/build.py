@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.cli import views
-from htsr_alloc.cli.options import AsJson, Quiet
+from htsr_alloc.cli.choices import SYSTEM
+from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
 
 def build(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
-    model: Annotated[Path, typer.Option(help="The model's folder; --dry-run reads its config.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what each layer would get.")
-    ] = False,
-    system: Annotated[
-        str, typer.Option(help="alphalora, goat, goat_plus, mor, hydra or adamole.")
-    ] = "alphalora",
-    target: Annotated[
-        Optional[list[str]], typer.Option(help="Adapt linears of this name; repeatable.")
-    ] = None,
-    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
-    lora_alpha: Annotated[float, typer.Option(help="Numerator of the LoRA scale.")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout on the experts' input.")] = 0.05,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="The adapter's folder.")
-    ] = None,
+    model: Annotated[Path, "Folder of the model; --dry-run reads only its config."],
+    dry_run: Annotated[bool, "Only show what each layer would get."] = False,
+    system: Annotated[str, "LoRA-MoE system to build.", SYSTEM] = "alphalora",
+    target: Target = None,
+    r: LoraR = Lora.r,
+    lora_alpha: LoraAlpha = Lora.lora_alpha,
+    lora_dropout: LoraDropout = Lora.lora_dropout,
+    output: Annotated[Path | None, "Folder of the adapter to write."] = None,
     control: Annotated[
-        Optional[Path], typer.Option(help="Also write plain LoRA of the same ranks, as JSON.")
+        Path | None, "Also write the configuration of plain LoRA of the same ranks, as JSON."
     ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    *,
+    screen: Screen,
 ) -> None:
-    """Put an allocation's experts on a model, and show what each layer got."""
+    """Put an allocation's experts on a model, and show what each layer got.
+
+    Examples:
+        htsr build model.allocation.json --model model --dry-run
+        htsr build model.allocation.json --model model --target q_proj --target v_proj -o adapter
+        htsr build model.allocation.json --model model --system goat --r 4 -o goat
+    """
     from htsr_alloc import files
     from htsr_alloc.lora_moe.build import build as put_on
     from htsr_alloc.lora_moe.build import control as plain_lora
     from htsr_alloc.lora_moe.build import describe, empty_model, load, open_model, resolve_layers
     from htsr_alloc.training.models import silence
 
-    screen = Screen(as_json, quiet)
     silence()
     loaded = load(allocation)
     if not dry_run and output is None:
@@ -56,7 +55,7 @@ def build(
     if control is not None:
         text = plain_lora(base, loaded, target_modules=target, **settings)  # type: ignore[arg-type]
     made = put_on(base, loaded, system=system, target_modules=target, **settings)
-    views.show_build(screen, made, describe(made, prefixes))
+    screen.show(views.build(made, describe(made, prefixes)))
     if control is not None and text is not None:
         files.write_text(control, text)
         screen.note(f"wrote {control}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from htsr_alloc.cli.comparing import show_allocations, show_metrics, to_json
-from htsr_alloc.cli.options import AsJson, Quiet
-from htsr_alloc.cli.screen import Screen
+from htsr_alloc.cli import comparing
+from htsr_alloc.cli.choices import METRIC
+from htsr_alloc.cli.screen import Screen, View
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
@@ -22,21 +22,22 @@ DIFFERENT = 4  # exit code under --check
 def compare(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Metrics files, or allocations; the first is the reference."),
+        typer.Argument(help="Metrics files, or allocation files; the first is the reference."),
     ],
-    metric: Annotated[str, typer.Option(help="pl_alpha_hill, alpha_hat or stable_rank.")] = (
-        "pl_alpha_hill"
-    ),
-    top: Annotated[int, typer.Option(help="How many of the most changed matrices to list.")] = 10,
-    tolerance: Annotated[
-        float, typer.Option(help="Largest difference that still counts as none.")
-    ] = 0.0,
-    check: Annotated[bool, typer.Option("--check", help="Exit 4 when the files differ.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    metric: Annotated[str, "Metric whose layer values are compared.", METRIC] = "pl_alpha_hill",
+    top: Annotated[int, "Number of most changed matrices to list."] = 10,
+    tolerance: Annotated[float, "Largest difference that still counts as equal."] = 0.0,
+    check: Annotated[bool, "Exit with code 4 when the files differ."] = False,
+    *,
+    screen: Screen,
 ) -> None:
-    """Set files against the first: layers, ranks, roles, matrices; or the experts moved."""
-    from htsr_alloc.records import Metrics
+    """Compare files with the first: layers, ranks, roles and matrices, or the experts moved.
+
+    Examples:
+        htsr compare data/smollm2.metrics.json data/smollm2.paper.metrics.json
+        htsr compare data/minilm.metrics.json data/mpnet.metrics.json --metric stable_rank
+        htsr compare data/smollm2.allocation.json data/smollm2.allocation.json --check --json
+    """
     from htsr_alloc.records.results import read_result
     from htsr_alloc.reports.compare import AllocationComparison, MetricsComparison
     from htsr_alloc.reports.compare import compare as set_against
@@ -45,18 +46,23 @@ def compare(
         raise HtsrError("A comparison takes two files or more.")
     if not tolerance >= 0 or top < 0:
         raise HtsrError("--tolerance and --top must not be negative.")
-    screen = Screen(as_json, quiet)
     results = [read_result(path) for path in files]
     names = labels(results)
     reference = results[0].record
     found = [set_against(reference, result.record, metric) for result in results[1:]]
     same = [comparison.same(tolerance) for comparison in found]
-    if as_json:
-        screen.result(to_json(results, names, found, same, tolerance, top))
-    elif isinstance(reference, Metrics):
-        show_metrics(screen, names, [x for x in found if isinstance(x, MetricsComparison)], top)
+    # All of one kind: others are refused by the comparison.
+    metrics = [x for x in found if isinstance(x, MetricsComparison)]
+    allocations = [x for x in found if isinstance(x, AllocationComparison)]
+    if metrics:
+        tables = comparing.metrics_tables(names, metrics, top)
+        notes = comparing.unpaired(names, metrics)
+        for warning in comparing.warnings_of(names, metrics):
+            screen.warn(warning)
     else:
-        show_allocations(screen, names, [x for x in found if isinstance(x, AllocationComparison)])
+        tables, notes = comparing.allocation_tables(names, allocations), []
+    data = comparing.to_json(results, names, found, same, tolerance, top)
+    screen.show(View(data, tables, notes))
     within = f" within {tolerance:g}" if tolerance else ""
     for name, alike in zip(names[1:], same, strict=True):
         screen.note(f"{names[0]} and {name}: {'the same' if alike else 'different'}{within}")

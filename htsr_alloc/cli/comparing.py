@@ -1,12 +1,12 @@
-"""Comparisons as tables and as JSON."""
+"""Comparisons as JSON, tables and notes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from htsr_alloc.cli.screen import Screen
+from htsr_alloc.cli.screen import Table
 
 if TYPE_CHECKING:
     from htsr_alloc.records.results import Result
@@ -39,29 +39,37 @@ def to_json(
     }
 
 
-def show_metrics(
-    screen: Screen, names: Sequence[str], found: Sequence[MetricsComparison], top: int
-) -> None:
-    """Layers, then a row a file, roles, and the matrices that changed most."""
+def warnings_of(names: Sequence[str], found: Sequence[MetricsComparison]) -> list[str]:
+    """What makes the values hard to compare."""
+    warnings = []
     for name, comparison in zip(names[1:], found, strict=True):
-        for setting in comparison.settings:
-            screen.warn(f"{names[0]} and {name} differ in {setting}; values may not be comparable.")
+        warnings += [
+            f"{names[0]} and {name} differ in {setting}; values may not be comparable."
+            for setting in comparison.settings
+        ]
         if comparison.by != "layer":
-            screen.warn(
+            warnings.append(
                 f"{names[0]} and {name} have different numbers of layers: compared by relative "
                 "depth, the deeper one interpolated; matrices are not paired."
             )
-    _side_by_side(screen, "layer", names, [comparison.layers for comparison in found])
-    screen.text("\n")
+    return warnings
+
+
+def metrics_tables(
+    names: Sequence[str], found: Sequence[MetricsComparison], top: int
+) -> list[Table]:
+    """Layers, then a row a file, roles, and the matrices that changed most."""
     rows = [
         [name, c.by, c.correlation.n, c.correlation.spearman, c.correlation.kendall, c.mean_change,
          c.largest_change, c.correlation.reason or ""]
         for name, c in zip(names[1:], found, strict=True)
     ]  # fmt: skip
     columns = ["file", "by", "n", "spearman", "kendall", "mean |diff|", "largest |diff|", "note"]
-    screen.table(columns, rows, left=["file", "by", "note"])
-    screen.text("\n")
-    _side_by_side(screen, "role", names, [comparison.roles for comparison in found])
+    tables = [
+        *_side_by_side("layer", names, [comparison.layers for comparison in found]),
+        Table(columns, rows, left=["file", "by", "note"]),
+        *_side_by_side("role", names, [comparison.roles for comparison in found]),
+    ]
     changed = [
         [name, pair.name, pair.reference, pair.other, pair.difference, pair.reason or ""]
         for name, comparison in zip(names[1:], found, strict=True)
@@ -69,21 +77,23 @@ def show_metrics(
         if pair.difference or pair.reason
     ]
     if changed:
-        screen.text("\n")
         columns = ["file", "most changed matrices", names[0], "here", "diff", "note"]
-        screen.table(columns, changed, left=["file", "most changed matrices", "note"])
+        tables.append(Table(columns, changed, left=["file", "most changed matrices", "note"]))
+    return tables
+
+
+def unpaired(names: Sequence[str], found: Sequence[MetricsComparison]) -> list[str]:
+    """The first matrix of each file that has no partner, and how many more."""
+    notes = []
     for name, comparison in zip(names[1:], found, strict=True):
         if comparison.unmatched:
             first, more = comparison.unmatched[0], len(comparison.unmatched) - 1
-            screen.note(f"{name}: unpaired: {first}" + (f" and {more} more" if more else ""))
+            notes.append(f"{name}: unpaired: {first}" + (f" and {more} more" if more else ""))
+    return notes
 
 
-def show_allocations(
-    screen: Screen, names: Sequence[str], found: Sequence[AllocationComparison]
-) -> None:
+def allocation_tables(names: Sequence[str], found: Sequence[AllocationComparison]) -> list[Table]:
     """Layers, then a row a file."""
-    _side_by_side(screen, "layer", names, [comparison.layers for comparison in found])
-    screen.text("\n")
     rows = [
         [name, c.moved, *c.budgets, len(c.top_k), c.correlation.spearman, c.correlation.kendall,
          c.correlation.reason or ""]
@@ -91,12 +101,15 @@ def show_allocations(
     ]  # fmt: skip
     columns = ["file", "experts moved", f"T of {names[0]}", "T", "top_k differs", "spearman",
                "kendall", "note"]  # fmt: skip
-    screen.table(columns, rows, left=["file", "note"])
+    return [
+        *_side_by_side("layer", names, [comparison.layers for comparison in found]),
+        Table(columns, rows, left=["file", "note"]),
+    ]
 
 
 def _side_by_side(
-    screen: Screen, what: str, names: Sequence[str], found: Sequence[Sequence[Pair]]
-) -> None:
+    what: str, names: Sequence[str], found: Sequence[Sequence[Pair]]
+) -> Iterator[Table]:
     """A row a thing: the reference, then each file's value and difference.
 
     Files that were compared at other places (relative depths) get a table of their own.
@@ -104,7 +117,7 @@ def _side_by_side(
     tables: dict[tuple, list[int]] = {}
     for i, pairs in enumerate(found):
         tables.setdefault(tuple((pair.name, pair.reference) for pair in pairs), []).append(i)
-    for number, (references, members) in enumerate(tables.items()):
+    for references, members in tables.items():
         columns = [what, names[0]]
         rows: list[list] = [list(reference) for reference in references]
         notes = [""] * len(rows)
@@ -113,9 +126,7 @@ def _side_by_side(
             for place, pair in enumerate(found[i]):
                 rows[place] += [pair.other, pair.difference]
                 notes[place] = notes[place] or pair.reason or ""
-        if number:
-            screen.text("\n")
         if any(notes):
             columns.append("note")
             rows = [[*row, note] for row, note in zip(rows, notes, strict=True)]
-        screen.table(columns, rows, left=[what, "note"])
+        yield Table(columns, rows, left=[what, "note"])

@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
-import typer
-
-from htsr_alloc.cli.options import AsJson, Device, Dtype, Quiet
+from htsr_alloc.cli import views
+from htsr_alloc.cli.choices import DTYPE
+from htsr_alloc.cli.options import Chat, Device
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.training import check_installed
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="The model's folder.")],
-    data: Annotated[Path, typer.Option(help="Held-out rows, JSON lines.")],
+    model: Annotated[Path, "Folder of the model."],
+    data: Annotated[Path, "Held-out rows, JSON lines."],
     adapter: Annotated[
-        Optional[Path], typer.Option(help="A trained adapter's folder; without, the model alone.")
+        Path | None, "Folder of a trained adapter; without it the model alone is evaluated."
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 32,
+    limit: Annotated[int | None, "Number of rows to evaluate, from the first."] = None,
+    batch_size: Annotated[int, "Rows of a batch."] = 32,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(help="Of an answer; default the right ones' length and 2.")
+        int | None,
+        "Most tokens of a generated answer; default 2 more than the batch's longest right answer.",
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Use the chat template for prompts.")
-    ] = False,
-    dtype: Dtype = "auto",
+    chat: Chat = False,
+    dtype: Annotated[
+        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
+    ] = "auto",
     device: Device = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    *,
+    screen: Screen,
 ) -> None:
-    """Accuracy on held-out rows, with its 95 % interval.
+    """Measure accuracy on held-out rows, with its 95 % interval.
 
-    Rows with choices: the one of the highest log-likelihood per character. Other rows: the first
-    line that the model writes must be the completion.
+    Of a row with choices the model takes the one of the highest log-likelihood per character. Of
+    any other row the first line that the model writes must equal the completion.
+
+    Examples:
+        htsr evaluate --model model --data test.jsonl --adapter adapter
+        htsr evaluate --model model --data test.jsonl --limit 4 --json
     """
+    check_installed()
     from htsr_alloc.training import models, tokens
     from htsr_alloc.training.evaluate import evaluate as scored
     from htsr_alloc.training.identity import check_base
     from htsr_alloc.training.rows import read_rows, share_of
 
-    screen = Screen(as_json, quiet)
     models.silence()
     rows = share_of(read_rows(data), limit)
     if adapter is not None:
@@ -60,9 +65,4 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             progress=count,
         )
-    if as_json:
-        screen.result(asdict(score))
-        return
-    interval = f"{score.low:.1%} to {score.high:.1%}"
-    columns = ["rows", "right", "accuracy", "95 % interval", "loss"]
-    screen.table(columns, [[score.n, score.correct, f"{score.accuracy:.1%}", interval, score.loss]])
+    screen.show(views.score(score))

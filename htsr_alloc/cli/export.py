@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from htsr_alloc.cli.opening import layer_map_of, opened
-from htsr_alloc.cli.options import CacheDir, Offline, OutFile, Quiet, Revision, Token
+from htsr_alloc.allocation.exports import Lora
+from htsr_alloc.cli.choices import EXPORT
+from htsr_alloc.cli.opening import Hub, layer_map_of
+from htsr_alloc.cli.options import LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import check_choice
 
@@ -18,41 +20,37 @@ if TYPE_CHECKING:
 
 def export(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
-    to: Annotated[str, typer.Option(help="mola, peft-rank, axolotl or csv.")],
+    to: Annotated[str, "Format to write.", EXPORT],
     model: Annotated[
-        Optional[str], typer.Option(help="The checkpoint, whose module names are then checked.")
+        Optional[str], "Checkpoint against whose module names the patterns are checked."
     ] = None,
-    target_modules: Annotated[
-        Optional[list[str]],
-        typer.Option("--target", help="Adapt modules of this name; repeatable."),
-    ] = None,
-    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(help="Numerator of the LoRA scale.")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    offline: Offline = False,
+    target_modules: Target = None,
+    r: LoraR = Lora.r,
+    lora_alpha: Annotated[int, "LoRA's alpha: the scale of an expert is alpha / r."] = (
+        Lora.lora_alpha
+    ),
+    lora_dropout: LoraDropout = Lora.lora_dropout,
     output: OutFile = None,
     quiet: Quiet = False,
+    *,
+    hub: Hub,
 ) -> None:
-    """Write an allocation in another trainer's format."""
+    """Write an allocation in another trainer's format.
+
+    Examples:
+        htsr export smollm2.allocation.json --to mola
+        htsr export smollm2.allocation.json --to peft-rank --target q_proj -o lora.json
+        htsr export smollm2.allocation.json --to csv
+    """
     from htsr_alloc import files, records
-    from htsr_alloc.allocation.exports import EXPORTS, Lora
+    from htsr_alloc.allocation.exports import EXPORTS
 
     screen = Screen(quiet=quiet)
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
     check_choice("export", to, EXPORTS)
     lora = Lora(r, lora_alpha, lora_dropout, tuple(target_modules or ()))
-    modules = None
-    if model is not None:
-        modules = modules_of(opened(model, revision, token, cache_dir, offline))
-    text = EXPORTS[to](loaded, lora, modules)
-    if output is None or str(output) == "-":
-        screen.text(text)
-    else:
-        files.write_text(output, text)
-        screen.note(f"wrote {output}")
+    modules = None if model is None else modules_of(hub.open(model))
+    screen.save(EXPORTS[to](loaded, lora, modules), output)
 
 
 def modules_of(checkpoint: Checkpoint) -> dict[str, list[str]]:

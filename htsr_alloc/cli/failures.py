@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from typer.models import OptionInfo
 
+from htsr_alloc.cli.choices import UnknownName
+from htsr_alloc.cli.options import flags
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.cli.secrets import hide_from_others, redacted
+from htsr_alloc.cli.secrets import redacted
 from htsr_alloc.errors import HtsrError
 
 GOES_ON = "the same command goes on where this one stopped."
@@ -48,7 +49,6 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         token = arguments.get("token")
-        hide_from_others(token)
         try:
             function(**arguments)
         except (typer.Exit, SystemExit):
@@ -73,15 +73,8 @@ def say_stopped() -> int:
 
 def options_of(command: Callable[..., None]) -> dict[str, str]:
     """The options of a command, by its arguments' names: ``top_k`` is ``--top-k``."""
-    options = {}
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        for info in getattr(parameter.annotation, "__metadata__", ()):
-            if isinstance(info, OptionInfo):
-                # In Annotated the first name stands where a default otherwise stands.
-                names = [str(words) for words in (info.default, *(info.param_decls or ()))]
-                names = [words for words in names if words.startswith("--")]
-                options[name] = (names or [f"--{name.replace('_', '-')}"])[0].partition("/")[0]
-    return options
+    names = inspect.signature(command).parameters
+    return {name: flags(name)[0].partition("/")[0] for name in names}
 
 
 def _ending(error: BaseException, options: dict[str, str]) -> BaseException:
@@ -94,5 +87,5 @@ def _ending(error: BaseException, options: dict[str, str]) -> BaseException:
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):
         screen.error(error.renamed(lambda name: options.get(name, name)))
-        return typer.Exit(1)
+        return typer.Exit(2 if isinstance(error, UnknownName) else 1)
     return error

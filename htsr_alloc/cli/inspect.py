@@ -5,20 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.opening import layer_map_of, opened, say_transfer
-from htsr_alloc.cli.options import (
-    AsJson,
-    CacheDir,
-    Exclude,
-    Include,
-    KeepShards,
-    Offline,
-    Quiet,
-    Revision,
-    Source,
-    Stream,
-    Token,
-)
+from htsr_alloc.cli.opening import Hub, Selection, Shards, layer_map_of, say_transfer
+from htsr_alloc.cli.options import Source
 from htsr_alloc.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -26,31 +14,26 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: Source,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    offline: Offline = False,
-    stream: Stream = False,
-    keep_shards: KeepShards = True,
-    include: Include = None,
-    exclude: Exclude = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    source: Source, *, hub: Hub, shards: Shards, selection: Selection, screen: Screen
 ) -> None:
-    """List a checkpoint's layers and matrices from its headers, and what analyze would take."""
-    screen = Screen(as_json, quiet)
-    checkpoint = opened(source, revision, token, cache_dir, offline, stream, keep_shards)
-    show(screen, checkpoint, include, exclude)
+    """List a checkpoint's layers and matrices from its headers, and what analyze would take.
+
+    Examples:
+        htsr inspect Qwen/Qwen3-0.6B
+        htsr inspect model --exclude '*k_proj*'
+        htsr inspect model/model.safetensors --json
+    """
+    show(screen, hub.open(source, shards.way), selection)
 
 
-def show(screen: Screen, checkpoint: Checkpoint, include, exclude) -> None:
+def show(screen: Screen, checkpoint: Checkpoint, selection: Selection) -> None:
+    """What analyze would take, without its work."""
     from htsr_alloc.analysis.cost import predict, transfer
     from htsr_alloc.analysis.schedule import available_cores
 
-    layer_map = layer_map_of(checkpoint, include, exclude)
+    layer_map = layer_map_of(checkpoint, selection)
     cost = predict(layer_map.matrices, available_cores())
-    moved = transfer(checkpoint, layer_map.matrices)
-    views.show_inspection(screen, checkpoint, layer_map, cost, moved)
-    if not screen.as_json:
-        say_transfer(screen, checkpoint, layer_map)
+    screen.show(
+        views.inspection(checkpoint, layer_map, cost, transfer(checkpoint, layer_map.matrices))
+    )
+    say_transfer(screen, checkpoint, layer_map)

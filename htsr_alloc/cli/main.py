@@ -1,7 +1,7 @@
 """The ``htsr`` command: arguments in, one call each, output through ``Screen``.
 
 One file a command. Heavy imports stand inside the commands: ``--help`` and ``allocate`` load no
-torch.
+torch, and a command's own help loads what its choices come from.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well, exit_at_once, say_stopped, stop_on_signals
 from htsr_alloc.cli.fit import fit
 from htsr_alloc.cli.inspect import inspect
+from htsr_alloc.cli.options import Command, declared, split_examples
 from htsr_alloc.cli.plot import plot
 from htsr_alloc.cli.report import report
 from htsr_alloc.cli.study import study
@@ -49,8 +50,10 @@ COMMANDS = (
     study,
 )
 for command in COMMANDS:  # the order of --help, which cuts sentences that are not given to it
-    sentence = " ".join((command.__doc__ or "").partition("\n\n")[0].split())
-    app.command(short_help=sentence)(ends_well(command))
+    text, examples = split_examples(command)
+    sentence = " ".join(text.partition("\n\n")[0].split())
+    register = app.command(cls=Command, help=text, short_help=sentence, epilog=examples)
+    register(ends_well(declared(command)))
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,33 +18,72 @@ if TYPE_CHECKING:
     from htsr_alloc.records import Metrics
 
 
-def opened(
-    source, revision, token, cache_dir, offline, stream=False, keep_shards=True
-) -> Checkpoint:
-    from htsr_alloc.checkpoints.open import open_checkpoint
+@dataclass(frozen=True)
+class Hub:
+    """How a hub id is opened."""
 
-    # Its warnings show the signed addresses of files.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if stream and not keep_shards:
-        raise HtsrError("--stream has no shards to drop.", "Leave one of the two away.")
-    return open_checkpoint(
-        source,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        offline=offline,
-        shards="stream" if stream else "keep" if keep_shards else "drop",
-    )
+    revision: Annotated[str | None, "Branch, tag or commit of a hub id."] = None
+    token: Annotated[
+        str | None,
+        "Access token of the hub. Better set HF_TOKEN: other users of the machine can read a "
+        "command line.",
+    ] = None
+    cache_dir: Annotated[Path | None, "Folder where files of the hub are cached."] = None
+    offline: Annotated[bool, "Use only what is in the hub's local cache."] = False
+
+    def open(self, source: str, shards: str = "keep") -> Checkpoint:
+        """The checkpoint, whose headers have been read."""
+        from htsr_alloc.checkpoints.open import open_checkpoint
+
+        # Its warnings show the signed addresses of files.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        return open_checkpoint(
+            source,
+            revision=self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            offline=self.offline,
+            shards=shards,
+        )
 
 
-def layer_map_of(checkpoint: Checkpoint, include=None, exclude=None) -> LayerMap:
+@dataclass(frozen=True)
+class Shards:
+    """What becomes of a hub id's files."""
+
+    stream: Annotated[bool, "Read a hub id by byte ranges; nothing is kept on disk."] = False
+    keep_shards: Annotated[bool, "Keep a hub id's files, or delete each when it is done."] = True
+
+    def __post_init__(self) -> None:
+        if self.stream and not self.keep_shards:
+            raise HtsrError("--stream has no shards to drop.", "Remove one of the two.")
+
+    @property
+    def way(self) -> str:
+        return "stream" if self.stream else "keep" if self.keep_shards else "drop"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors are taken."""
+
+    include: Annotated[
+        tuple[str, ...], "Take only tensors whose name matches, as '*self_attn*'; repeatable."
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...], "Leave out tensors whose name matches, as '*k_proj*'; repeatable."
+    ] = ()
+
+
+def layer_map_of(checkpoint: Checkpoint, selection: Selection | None = None) -> LayerMap:
     from htsr_alloc.checkpoints.layers import map_layers
 
+    selection = selection or Selection()
     return map_layers(
         checkpoint.tensors,
         num_hidden_layers=checkpoint.num_hidden_layers,
-        include=include or (),
-        exclude=exclude or (),
+        include=selection.include,
+        exclude=selection.exclude,
     )
 
 

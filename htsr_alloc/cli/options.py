@@ -1,37 +1,150 @@
-"""Options that several commands have."""
+"""Options: a command's parameters, and the fields of the dataclasses that it fills."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-Source = Annotated[str, typer.Argument(help="A .safetensors file, a folder, or a hub id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]
-Token = Annotated[Optional[str], typer.Option(help="Access token of the hub.")]
-CacheDir = Annotated[Optional[Path], typer.Option(help="Where hub files are cached.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's local cache only.")]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="Read a hub id by byte ranges; keep nothing on disk.")
+from htsr_alloc.cli.choices import Choice, filled
+
+FLAGS = {  # parameter -> its options, where they are not --its-name
+    "T": ["--T"],
+    "as_json": ["--json"],
+    "high": ["--max"],
+    "keep_shards": ["--keep-shards/--drop-shards"],
+    "low": ["--min"],
+    "output": ["--output", "-o"],
+    "quiet": ["--quiet", "-q"],
+    "r": ["--r", "--lora-r"],
+    "target_modules": ["--target"],
+    "targets": ["--target"],
+}
+
+
+def flags(name: str) -> list[str]:
+    """The options of a parameter or field: ``top_k`` is ``--top-k``."""
+    return FLAGS.get(name, [f"--{name.replace('_', '-')}"])
+
+
+def _path(text: str | Path) -> Path:
+    if not str(text):
+        raise typer.BadParameter("a path cannot be empty.")
+    return Path(text)
+
+
+OutFile = Annotated[Optional[Path], "File to write; - is stdout."]
+Source = Annotated[
+    str, typer.Argument(help="A .safetensors file, a folder with one or more, or a hub id.")
 ]
-KeepShards = Annotated[
-    bool,
-    typer.Option(
-        "--keep-shards/--drop-shards", help="Keep a hub id's files, or drop each when it is done."
-    ),
+Quiet = Annotated[bool, "Print no notes and no progress."]
+Strict = Annotated[bool, "Exit with code 3 when a matrix could not be fitted."]
+LoraR = Annotated[int, "Rank r of one expert. Under torchrun write --lora-r."]
+LoraAlpha = Annotated[float, "LoRA's alpha: the scale of an expert is alpha / r."]
+LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
+Target = Annotated[
+    Optional[list[str]], "Name of the linear modules to adapt, such as q_proj; repeatable."
 ]
-Include = Annotated[
-    Optional[list[str]], typer.Option(help="Only tensors like this, as '*self_attn*'; repeatable.")
-]
-Exclude = Annotated[Optional[list[str]], typer.Option(help="No tensors like this; repeatable.")]
-OutFile = Annotated[
-    Optional[Path], typer.Option("--output", "-o", help="Where to write; - is stdout.")
-]
-ESTIMATOR_HELP = "official, paper, band, median or ks."
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is computed in.")
-]
+Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
+Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]
+
+
+def declared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it.
+
+    A string in a parameter's ``Annotated`` is its help. A dataclass as a parameter's type stands
+    for one option a field whose annotation has help, with the field's default; the command gets
+    the dataclass. A ``Choice`` is completed, shown in the help and checked.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    choices: dict[str, Choice] = {}
+    for own in inspect.signature(command).parameters.values():
+        kind = hints[own.name]
+        if dataclasses.is_dataclass(kind):
+            groups[own.name] = kind
+            parameters += _fields(kind)
+        else:
+            parameters.append(own.replace(annotation=kind, kind=own.KEYWORD_ONLY))
+    for i, own in enumerate(parameters):
+        choice = next((x for x in get_args(own.annotation) if isinstance(x, Choice)), None)
+        if choice is not None:
+            choices[own.name] = choice
+        parameters[i] = own.replace(annotation=_typed(own, choice))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, choice in choices.items():
+            if given[name] is not None:
+                choice.check(given[name])
+        for name, kind in groups.items():
+            values = {own.name: given.pop(own.name) for own in _fields(kind)}
+            lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+            given[name] = kind(**values | lists)
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {own.name: own.annotation for own in parameters}
+    return run
+
+
+def _fields(kind: Any) -> Iterator[inspect.Parameter]:
+    """A dataclass's fields with help, as parameters of a command."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        if get_origin(hints[field.name]) is Annotated:
+            yield inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+
+
+def _typed(own: inspect.Parameter, choice: Choice | None) -> Any:
+    """The annotation with typer's declaration in it."""
+    if get_origin(own.annotation) is not Annotated:
+        return own.annotation
+    kind, *said = get_args(own.annotation)
+    if kind == tuple[str, ...]:
+        kind = list[str]
+    text = next((x for x in said if isinstance(x, str)), None)
+    if text is None:
+        return own.annotation
+    more: dict[str, Any] = {}
+    if choice is not None:
+        text = f"{text} Choose from {choice.mark}."
+        more = {"autocompletion": choice.complete}
+    elif kind in (Path, Optional[Path]):
+        more = {"parser": _path, "metavar": "<path>"}
+    return Annotated[kind, typer.Option(*flags(own.name), help=text, **more)]
+
+
+class Command(TyperCommand):
+    """A command whose help has the names of the registries, and its examples last."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for own in self.params:
+            text = getattr(own, "help", None)
+            if text:
+                own.help = filled(text)  # type: ignore[attr-defined]
+        super().format_options(ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Line by line: an example that is wrapped cannot be copied."""
+        if self.epilog:
+            formatter.write("\nExamples:\n")
+            formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
+
+
+def split_examples(command: Callable[..., None]) -> tuple[str, str]:
+    """A command's docstring without its examples, and these, one a line."""
+    text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
+    return text, "\n".join(line.strip() for line in examples.splitlines())

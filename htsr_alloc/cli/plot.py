@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from htsr_alloc.cli.choices import METRIC, VIEW
 from htsr_alloc.cli.options import Quiet
 from htsr_alloc.cli.screen import Screen
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="Metrics and allocation files.")],
+    files: Annotated[list[Path], typer.Argument(help="Metrics files and allocation files.")],
     output: Annotated[
-        Optional[Path],
-        typer.Option("--output", "-o", help="A .png, .svg or .pdf; default FILE.png here."),
+        Path | None, "Figure to write, a .png, .svg or .pdf; default FILE.png in this folder."
     ] = None,
     view: Annotated[
-        Optional[str], typer.Option(help="overview, layers, heatmap, allocation or esd.")
+        str | None, "What to draw; default overview, and esd with --matrix, --layer, --role.", VIEW
     ] = None,
-    metric: Annotated[str, typer.Option(help="pl_alpha_hill, alpha_hat or stable_rank.")] = (
-        "pl_alpha_hill"
-    ),
+    metric: Annotated[str, "Metric to draw.", METRIC] = "pl_alpha_hill",
     matrix: Annotated[
-        Optional[list[str]],
-        typer.Option(help="The spectrum of this tensor, or of all like '*q_proj*'; repeatable."),
+        list[str] | None,
+        "Draw the spectrum of this tensor, or of all that match, as '*q_proj*'; repeatable.",
     ] = None,
-    layer: Annotated[
-        Optional[list[int]], typer.Option(help="The spectra of this layer; repeatable.")
-    ] = None,
-    role: Annotated[
-        Optional[list[str]], typer.Option(help="The spectra of this role; repeatable.")
-    ] = None,
+    layer: Annotated[list[int] | None, "Draw the spectra of this layer; repeatable."] = None,
+    role: Annotated[list[str] | None, "Draw the spectra of this role; repeatable."] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw metrics by layer, a heat map, allocations or spectra, from the files alone."""
+    """Draw metrics by layer, a heat map, allocations or spectra, from the files alone.
+
+    Examples:
+        htsr plot smollm2.metrics.json smollm2.allocation.json
+        htsr plot smollm2.metrics.json --view heatmap --metric stable_rank -o heatmap.pdf
+        htsr plot smollm2.metrics.json --layer 0 --role q_proj -o spectrum.svg
+    """
     from htsr_alloc.reports import plots
 
     path = output or Path(files[0].name.removesuffix(".json") + ".png")

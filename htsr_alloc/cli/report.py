@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,24 +12,24 @@ from htsr_alloc.cli.screen import Screen
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="A metrics file, and its allocations.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="A metrics file, then its allocation files if any.")
+    ],
     output: OutFile = None,
     note: Annotated[
-        Optional[list[str]],
-        typer.Option(help="A sentence for the cautions, as what the source was; repeatable."),
+        list[str] | None,
+        "Sentence to add to the cautions, such as where the model came from; repeatable.",
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page with tables, figures, provenance and cautions; it opens offline."""
-    from htsr_alloc import files as writing
+    """Write one HTML page with tables, figures, provenance and cautions; it opens offline.
+
+    Examples:
+        htsr report smollm2.metrics.json
+        htsr report smollm2.metrics.json smollm2.allocation.json -o smollm2.html
+    """
     from htsr_alloc.reports import report as make
 
-    page = make(*files, notes=note or ())
-    screen = Screen(quiet=quiet)
-    if output is not None and str(output) == "-":
-        screen.text(page)
-        return
     stem = files[0].name.removesuffix(".json").removesuffix(".metrics")
-    path = output or Path(f"{stem}.report.html")
-    writing.write_text(path, page)
-    screen.note(f"wrote {path}")
+    page = make(*files, notes=note or ())
+    Screen(quiet=quiet).save(page, output or Path(f"{stem}.report.html"))

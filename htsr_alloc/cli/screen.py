@@ -8,9 +8,11 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,37 +22,65 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from htsr_alloc.analysis.cost import flops
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.files import cannot
+from htsr_alloc.files import cannot, write_text
 
-PIPE_WIDTH = 200  # columns assumed when the output is no terminal: nothing is cut there
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+PIPE_WIDTH = 200  # columns assumed when the output is not a terminal: nothing is cut there
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi, zero-width), line separators
 
 
 def clean(text: object) -> str:
-    """Text from a file, without control characters, which could drive the terminal."""
-    return CONTROL.sub("?", str(text))
+    """Text from a file, without characters that drive the terminal or hide in it."""
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join("?" if unicodedata.category(c) in HIDDEN else c for c in said)
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows for people; columns are right-aligned but for those named in ``left``."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    left: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A result: what ``--json`` prints of it, and what people see."""
+
+    data: Any
+    tables: Sequence[Table]
+    notes: Sequence[str] = ()
+
+
+@dataclass
 class Screen:
-    """One run's output.
+    """One run's output. Of torchrun's processes only the first prints notes and progress."""
 
-    Args:
-        as_json: the result is printed as JSON instead of a table.
-        quiet: no notes and no progress; warnings and errors still show.
-    """
+    as_json: Annotated[bool, "Print the result as JSON."] = False
+    quiet: Annotated[bool, "Print no notes and no progress."] = False
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        self.quiet = quiet
+    def __post_init__(self) -> None:
+        self.quiet = self.quiet or os.environ.get("RANK", "0") != "0"
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a bar in a locale that has none
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(self, view: View) -> None:
+        """A result, as JSON or as tables and notes."""
+        if self.as_json:
+            self.text(json.dumps(view.data, indent=1, allow_nan=False) + "\n")
+            return
+        _write("\n".join(map(_rendered, view.tables)))
+        for note in view.notes:
+            self.note(note)
 
     def text(self, text: str) -> None:
         """A result that is text already, unchanged unless it could drive a terminal."""
@@ -58,26 +88,13 @@ class Screen:
             text = "\n".join(clean(line) for line in text.split("\n"))
         _write(text)
 
-    def result(self, data: Any) -> None:
-        """A result as JSON."""
-        self.text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-    def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()
-    ) -> None:
-        """A table; columns are right-aligned but for those named in ``left``."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in columns:
-            where = "left" if name in left else "right"
-            table.add_column(name, justify=where, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(_cell(value)) for value in row))
-        rendered, terminal = io.StringIO(), sys.stdout.isatty()
-        console = Console(
-            file=rendered, force_terminal=terminal or None, width=None if terminal else PIPE_WIDTH
-        )
-        console.print(table, highlight=False)
-        _write(rendered.getvalue())
+    def save(self, text: str, path: Path | None) -> None:
+        """A result that is a file's text; it goes to stdout for ``-`` and for None."""
+        if path is None or str(path) == "-":
+            self.text(text)
+        else:
+            write_text(path, text)
+            self.note(f"wrote {path}")
 
     def note(self, message: str) -> None:
         """Something to know, on stderr."""
@@ -113,8 +130,8 @@ class Screen:
     def progress(self, stream: Iterable, layer_map: Any) -> Iterator:
         """Pass a stream of (matrix, resumed) on while a bar shows it, on a terminal only.
 
-        The bar moves by cost, not by count, so that the time it foretells holds for matrices
-        of unequal size.
+        The bar moves by cost, not by count: the estimated time holds for matrices of unequal
+        size.
         """
         if not self.watched:
             yield from stream
@@ -140,6 +157,21 @@ class Screen:
                     description=said + (" (resumed)" if resumed else ""),
                 )
                 yield item
+
+
+def _rendered(table: Table) -> str:
+    made = RichTable(box=None, pad_edge=False, header_style="bold")
+    for name in table.columns:
+        where = "left" if name in table.left else "right"
+        made.add_column(Text(clean(name)), justify=where, overflow="fold")
+    for row in table.rows:
+        made.add_row(*(Text(_cell(value)) for value in row))
+    rendered, terminal = io.StringIO(), sys.stdout.isatty()
+    console = Console(
+        file=rendered, force_terminal=terminal or None, width=None if terminal else PIPE_WIDTH
+    )
+    console.print(made, highlight=False)
+    return rendered.getvalue()
 
 
 def _write(text: str) -> None:
@@ -185,7 +217,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise HtsrError(f"{text!r} is no size such as 8GB or 500MB.")
+        raise HtsrError(f"{text!r} is not a size such as 8GB or 500MB.")
     power = "kmgt".find(match[2].lower()) + 1 if match[2] else 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

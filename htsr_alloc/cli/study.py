@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from htsr_alloc.cli.options import Quiet
+from htsr_alloc.cli.options import Device, Quiet
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.training import check_installed
 
 
 def study(
     plan: Annotated[Path, typer.Argument(help="A study file, as data/study/smollm2.yaml.")],
-    report: Annotated[bool, typer.Option("--report", help="Only report what is done.")] = False,
-    limit: Annotated[Optional[int], typer.Option(help="Stop after so many cells.")] = None,
+    report: Annotated[bool, "Run nothing; only report the cells that are done."] = False,
+    limit: Annotated[int | None, "Number of cells to run before stopping."] = None,
     baseline: Annotated[
-        Optional[str], typer.Option(help="The row to take differences from; default the study's.")
+        str | None, "Row from which differences are taken; default the study file's."
     ] = None,
-    into: Annotated[
-        Optional[Path], typer.Option(help="Also put the table into this document, at its marks.")
-    ] = None,
-    figure: Annotated[Optional[Path], typer.Option(help="Also draw the differences.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    into: Annotated[Path | None, "Document that also gets the table, between its marks."] = None,
+    figure: Annotated[Path | None, "Figure of the differences to write."] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Compare allocations and systems at equal trainable parameters.
 
-    Stop it at any moment: the same command goes on, and may run several times at once.
+    Stop it at any moment: the same command continues. Several processes may run it at once.
+
+    Examples:
+        htsr study data/study/smollm2.yaml --report
+        htsr study data/study/smollm2.yaml --report --baseline MoLA-2468 --figure study.svg
     """
-    import htsr_alloc.training  # noqa: F401 - says in a sentence what is not installed
+    check_installed()
     from htsr_alloc.training.models import device_of, silence
     from htsr_alloc.training.study import summary
     from htsr_alloc.training.study.plan import read_study

@@ -176,24 +176,3 @@ def _starts(size: int, window: int, count: int) -> list[int]:
     step = max(1, (size - window) // max(1, count - 1))
     number = min(count, (size - window) // step + 1)
     return [min(i * step, size - window) for i in range(number)]
-
-
-def choose_device(name: str) -> str:
-    """``auto`` as ``cuda`` where there is one, else ``cpu``; other names checked.
-
-    Raises:
-        HtsrError: no such device here, or one without float64 (mps).
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind == "mps":
-        raise HtsrError("mps has no float64, which exact spectra need.", "Use --device cpu.")
-    if name == "cpu":
-        return name
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise HtsrError(f"There is no device {name!r}.", "Choose auto, cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count()
-    if int(number or 0) >= count:
-        raise HtsrError(f"{name} is not here: torch sees {count} CUDA devices.", "Use cpu.")
-    return name

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import build, control
 from htsr_alloc.lora_moe.config import SYSTEMS, LoraMoeConfig
 from htsr_alloc.records import Allocation
+from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.causal import refuse_unless_causal
+from htsr_alloc.training.settings import DTYPES
 
 LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Adapter:
     """
 
     system: str = "alphalora"
-    r: float = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
+    r: float = Lora.r
+    lora_alpha: float = Lora.lora_alpha
+    lora_dropout: float = Lora.lora_dropout
     target: tuple[str, ...] = ()  # empty: every linear of a layer
 
     def put_on(self, model: Any, allocation: Allocation | Path | None) -> PeftModel:
@@ -124,13 +126,7 @@ def device_of(asked: str) -> torch.device:
     Raises:
         HtsrError: a device that is not there.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if asked == "auto":
-        asked = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there.get(asked.partition(":")[0], False):
-        raise HtsrError(f"There is no device {asked!r} here.", "Use --device auto.")
-    return torch.device(asked)
+    return torch.device(choose_device(asked, float64=False))
 
 
 def refuse_data_parallel(device: torch.device, processes: int) -> None:
@@ -153,11 +149,11 @@ def dtype_of(asked: str, device: torch.device) -> torch.dtype:
     Raises:
         HtsrError: another name.
     """
-    if asked in DTYPES:
-        return DTYPES[asked]
-    if asked != "auto":
-        raise HtsrError(f"There is no dtype {asked!r}.", f"Choose from auto, {', '.join(DTYPES)}.")
-    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    if asked not in DTYPES:
+        raise HtsrError(f"There is no dtype {asked!r}.", f"Choose from {', '.join(DTYPES)}.")
+    if asked == "auto":
+        asked = "bfloat16" if _has_bfloat16(device) else "float32"
+    return getattr(torch, asked)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,10 @@ from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
 from htsr_alloc.lora_moe.bilevel import activation_parameters
 from htsr_alloc.training import saves
 from htsr_alloc.training.models import refuse_data_parallel
+from htsr_alloc.training.settings import Recipe
 from htsr_alloc.training.tokens import BucketSampler, Collator, Example
 
 LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. AdamW at 3e-4 is the AlphaLoRA paper's; it decays linearly after a warm-up.
-
-    Attributes:
-        epochs: passes over the rows, unless ``steps`` says how many optimiser steps.
-        batch_size: rows of one process's micro-batch; ``accumulate`` of them make a step.
-        warmup: share of all steps.
-        save_every, log_every: in steps; 0 saves no checkpoint.
-    """
-
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 3e-4
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    log_every: int = 10
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise HtsrError(f"{name} must be positive, not {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise HtsrError(f"steps must be at least 1, not {self.steps}.")
-        if not 0 <= self.warmup < 1:
-            raise HtsrError(f"warmup must be in [0, 1), not {self.warmup}.")
 
 
 class Diverged(HtsrError):

@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 from htsr_alloc.records import Allocation, Metrics, loads
 from htsr_alloc.version import __version__
 
-COMMANDS = ["inspect", "analyze", "fit", "allocate", "plot", "report", "compare", "export"]
+COMMANDS = [
+    *("inspect", "analyze", "fit", "allocate", "plot", "report"),
+    *("compare", "export", "build", "train", "evaluate", "study"),
+]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
 
@@ -230,6 +233,7 @@ def test_help_of_every_command(invoke, command):
     if not command:
         said = done.stdout.partition("Commands:")[2]
         assert "..." not in said  # whole sentences
+        said = said.partition("Examples:")[0]
         assert len(re.findall(r"\.$", said, re.MULTILINE)) == len(re.findall(r"^  \w", said, re.M))
     assert invoke(*command, "-h").stdout == done.stdout
 
@@ -255,8 +259,6 @@ finally:
     "arguments",
     [
         ["--help"],
-        ["analyze", "--help"],
-        ["plot", "--help"],
         ["allocate", "--T", "8"],
         ["allocate", "--T", "8", "--json"],
         ["export", "made.json", "--to", "mola"],
@@ -524,3 +526,20 @@ def test_unfitted_layers_are_warned_about_when_allocating(invoke, tmp_path):
     done = invoke("allocate", "--T", 8, "-q")
     assert done.rc == 0
     assert "warning: h.1: 1 of 2 matrices have no fit: b, all weights are zero" in done.stderr
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_download_is_announced_after_the_weights_are_accepted(tmp_path, quantised):
+    """Quantised weights are refused first; layers are mapped once."""
+    from helpers.hubs import client, serving
+
+    tensors = llama(1)
+    if quantised:
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.ones(8, 8, dtype=torch.int32)
+    (tmp_path / "server").mkdir()
+    write_shards(tmp_path / "server" / "tiny", [tensors], config={"num_hidden_layers": 1})
+    with serving(tmp_path / "server") as hub:
+        done = client(hub.url, tmp_path, "analyze", "org/tiny", "-o", "m.json")
+    assert done.rc == int(quantised), done.stderr
+    assert ("to download" in done.stderr) is not quantised
+    assert ("are quantised" in done.stderr) is quantised

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
 from htsr_alloc.spectra import engines
+from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.spectra.engines import ENGINES
-from htsr_alloc.spectra.spectrum import choose_device, spectrum
+from htsr_alloc.spectra.spectrum import spectrum
 
 
 def weights(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:

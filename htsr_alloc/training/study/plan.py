@@ -103,6 +103,7 @@ class Study:
         """The study's recipe with the cell's seed, its task's steps and its row's rate, if any."""
         return dataclasses.replace(
             self.recipe,
+            save_every=0,  # a cell that is interrupted begins again
             seed=cell.seed,
             steps=self.tasks[cell.task].steps or self.recipe.steps,
             learning_rate=cell.row.learning_rate or self.recipe.learning_rate,

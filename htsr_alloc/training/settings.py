@@ -1,0 +1,43 @@
+"""What a training run is asked for. The command line reads this, so that it loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from htsr_alloc.errors import HtsrError
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. AdamW at 3e-4 is the AlphaLoRA paper's; it decays linearly after a warm-up.
+
+    The texts are the help of ``htsr train``.
+    """
+
+    epochs: Annotated[float, "Passes over the rows, if --steps is not given."] = 1.0
+    steps: Annotated[int | None, "Number of optimiser steps; default what --epochs takes."] = None
+    batch_size: Annotated[int, "Rows of one process's micro-batch."] = 8
+    accumulate: Annotated[int, "Micro-batches of one optimiser step."] = 1
+    learning_rate: Annotated[float, "Highest learning rate of AdamW; it decays linearly to 0."] = (
+        3e-4
+    )
+    warmup: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.03
+    weight_decay: Annotated[float, "Weight decay of AdamW."] = 0.0
+    seed: Annotated[int, "Seed of the experts' start, the dropout and the order of the rows."] = 0
+    gradient_checkpointing: Annotated[
+        bool, "Recompute activations in the backward pass: less memory, more time."
+    ] = False
+    log_every: Annotated[int, "Steps between lines of the log."] = 10
+    save_every: Annotated[int, "Steps between checkpoints; 0 saves none."] = 100
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise HtsrError(f"{name} must be positive, not {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise HtsrError(f"steps must be at least 1, not {self.steps}.")
+        if not 0 <= self.warmup < 1:
+            raise HtsrError(f"warmup must be in [0, 1), not {self.warmup}.")
