@@ -9,11 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.options import (
-    AsJson,
-    OutFile,
-    Quiet,
-)
+from htsr_alloc.cli.options import AsJson, OutFile, Quiet
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -22,9 +18,7 @@ def allocate(
     metrics: Annotated[
         Optional[Path], typer.Argument(help="A metrics file; default the newest here.")
     ] = None,
-    budget: Annotated[
-        Optional[int], typer.Option("--T", help="Experts of all layers together.")
-    ] = None,
+    T: Annotated[Optional[int], typer.Option("--T", help="Experts of all layers together.")] = None,
     params: Annotated[
         Optional[str],
         typer.Option(help="Trainable parameters in place of --T: 100M, or the closest below."),
@@ -41,12 +35,12 @@ def allocate(
         Optional[float], typer.Option(help="Solve beta for: largest quota / smallest.")
     ] = None,
     metric: Annotated[
-        str,
+        Optional[str],
         typer.Option(
-            help="pl_alpha_hill, alpha_hat, stable_rank, or several: "
+            help="pl_alpha_hill (default), alpha_hat, stable_rank, or several: "
             "pl_alpha_hill:0.5,stable_rank:0.5."
         ),
-    ] = "pl_alpha_hill",
+    ] = None,
     scores: Annotated[
         Optional[Path], typer.Option(help="Scores from a CSV or JSON file, in place of a metric.")
     ] = None,
@@ -57,11 +51,16 @@ def allocate(
         bool, typer.Option("--per-module", help="A count for each linear, not for each layer.")
     ] = False,
     pool: Annotated[
-        str, typer.Option(help="--per-module compares linears of one role, or all.")
-    ] = "role",
-    target: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Which linears --per-module compares: role (default), those of one; all."
+        ),
+    ] = None,
+    targets: Annotated[
         Optional[list[str]],
-        typer.Option(help="Linears that are adapted, for --params and --per-module; repeatable."),
+        typer.Option(
+            "--target", help="Linears that are adapted, for --params and --per-module; repeatable."
+        ),
     ] = None,
     strategy: Annotated[str, typer.Option(help="alphalora, uniform, mola or explicit.")] = (
         "alphalora"
@@ -80,13 +79,14 @@ def allocate(
     sensitivity: Annotated[
         bool,
         typer.Option(
-            "--sensitivity", help="Also show how the counts change with estimator, beta, matrices."
+            "--sensitivity",
+            help="Also show how the counts change with estimator, beta and matrices.",
         ),
     ] = False,
     draws: Annotated[
         Optional[int], typer.Option(help="Bootstrap draws of --sensitivity; default 200.")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of the bootstrap; default 0.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of the bootstrap; default 0.")] = None,
     output: OutFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -95,23 +95,40 @@ def allocate(
     from htsr_alloc import allocation, files, records
 
     screen = Screen(as_json, quiet)
-    by_params = params is not None or target_share is not None
     to_stdout = output is not None and str(output) == "-"
     _refuse_idle(
         {
-            "--r matters to --params and --target-share alone": r is not None and not by_params,
-            "--column is one of --scores": column is not None and scores is None,
-            "--draws and --seed are those of --sensitivity": not sensitivity
+            "--column names a column of --scores": column is not None and scores is None,
+            "--draws and --seed belong to --sensitivity": not sensitivity
             and (draws is not None or seed is not None),
             "--sensitivity is a table, and -o - prints the allocation": sensitivity and to_stdout,
         }
     )
     loaded, source, stem = None, None, strategy
     given = allocation.read_scores(scores, column or "score") if scores is not None else None
-    needs_no_metrics = strategy in ("uniform", "mola", "explicit") and (layers or experts)
-    if given is not None and given.key != "module" and params is None and target_share is None:
-        needs_no_metrics, stem = True, given.source.file.rpartition(".")[0]
-    if metrics is None and not needs_no_metrics:
+    request = allocation.Request.of(
+        strategy,
+        T=T,
+        params=allocation.parse_params(params) if params is not None else None,
+        target_share=allocation.parse_share(target_share) if target_share is not None else None,
+        r=r,
+        metric=metric,
+        scores=given,
+        per_module=per_module,
+        pool=pool,
+        targets=targets or (),
+        repair=repair,
+        bounds=allocation.Bounds(low, high),
+        top_k=top_k,
+        layers=layers,
+        beta=beta,
+        spread=spread,
+        groups=allocation.parse_groups(groups) if groups is not None else None,
+        experts=allocation.parse_counts(experts) if experts is not None else None,
+    )
+    if given is not None:
+        stem = given.source.file.rpartition(".")[0]
+    if metrics is None and request.needs_metrics:
         metrics = newest_metrics()
         screen.note(f"metrics: {metrics.name}")
         if metrics.stat().st_mtime > time.time() + 60:
@@ -124,34 +141,14 @@ def allocate(
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
-    request = {
-        "strategy": strategy,
-        "T": budget,
-        "params": allocation.parse_params(params) if params is not None else None,
-        "target_share": allocation.parse_share(target_share) if target_share is not None else None,
-        "r": 8 if r is None else r,
-        "beta": beta,
-        "spread": spread,
-        "metric": metric,
-        "scores": given,
-        "per_module": per_module,
-        "pool": pool,
-        "targets": tuple(target or ()),
-        "repair": repair,
-        "bounds": allocation.Bounds(low, high),
-        "top_k": top_k,
-        "groups": allocation.parse_groups(groups) if groups is not None else (),
-        "experts": allocation.parse_counts(experts) if experts is not None else (),
-        "layers": layers,
-    }
-    result = allocation.allocate(loaded, source=source, tool=records.this_tool(), **request)
+    result = allocation.allocate(loaded, request, source=source, tool=records.this_tool())
     report = None
     if sensitivity:
-        from htsr_alloc.allocation.sensitivity import measure
+        from htsr_alloc.allocation.sensitivity import sensitivity_of
 
         if loaded is None or metrics is None:
             raise HtsrError("--sensitivity needs a metrics file.")
-        report = measure(
+        report = sensitivity_of(
             loaded, metrics, request, draws=200 if draws is None else draws, seed=seed or 0
         )
     if to_stdout:

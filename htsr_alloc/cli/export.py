@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from htsr_alloc.cli.opening import layer_map_of, opened
-from htsr_alloc.cli.options import (
-    CacheDir,
-    Offline,
-    OutFile,
-    Quiet,
-    Revision,
-    Token,
-)
+from htsr_alloc.cli.options import CacheDir, Offline, OutFile, Quiet, Revision, Token
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import check_choice
 
 if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
@@ -29,8 +22,9 @@ def export(
     model: Annotated[
         Optional[str], typer.Option(help="The checkpoint, whose module names are then checked.")
     ] = None,
-    target: Annotated[
-        Optional[list[str]], typer.Option(help="Adapt modules of this name; repeatable.")
+    target_modules: Annotated[
+        Optional[list[str]],
+        typer.Option("--target", help="Adapt modules of this name; repeatable."),
     ] = None,
     r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of one expert.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="Numerator of the LoRA scale.")] = 16,
@@ -42,28 +36,18 @@ def export(
     output: OutFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an allocation in the words of another trainer."""
+    """Write an allocation in another trainer's format."""
     from htsr_alloc import files, records
-    from htsr_alloc.allocation import exports as exporting
+    from htsr_alloc.allocation.exports import EXPORTS, Lora
 
     screen = Screen(quiet=quiet)
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
-    lora = exporting.Lora(r, lora_alpha, lora_dropout, tuple(target or ()))
-    if to == "mola":
-        text = exporting.to_mola(loaded, lora)
-    elif to == "peft-rank":
-        modules = None
-        if model is not None:
-            modules = modules_of(opened(model, revision, token, cache_dir, offline))
-        text = exporting.to_peft_rank(loaded, lora, modules)
-    elif to == "axolotl":
-        text = exporting.to_axolotl(loaded, lora)
-    elif to == "csv":
-        text = exporting.to_csv(loaded)
-    else:
-        raise HtsrError(
-            f"There is no export {to!r}.", f"Choose from {', '.join(exporting.EXPORTS)}."
-        )
+    check_choice("export", to, EXPORTS)
+    lora = Lora(r, lora_alpha, lora_dropout, tuple(target_modules or ()))
+    modules = None
+    if model is not None:
+        modules = modules_of(opened(model, revision, token, cache_dir, offline))
+    text = EXPORTS[to](loaded, lora, modules)
     if output is None or str(output) == "-":
         screen.text(text)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from typer.models import OptionInfo
 
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.cli.secrets import hide_from_others, redacted
@@ -57,7 +59,7 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
         except BaseException as error:
             if os.environ.get("HTSR_DEBUG") == "1":
                 sys.stderr.write(redacted(traceback.format_exc(), token))
-            raise _ending(error) from None
+            raise _ending(error, options_of(function)) from None
 
     return run
 
@@ -69,7 +71,20 @@ def say_stopped() -> int:
     return 128 + number
 
 
-def _ending(error: BaseException) -> BaseException:
+def options_of(command: Callable[..., None]) -> dict[str, str]:
+    """The options of a command, by its arguments' names: ``top_k`` is ``--top-k``."""
+    options = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                # In Annotated the first name stands where a default otherwise stands.
+                names = [str(words) for words in (info.default, *(info.param_decls or ()))]
+                names = [words for words in names if words.startswith("--")]
+                options[name] = (names or [f"--{name.replace('_', '-')}"])[0].partition("/")[0]
+    return options
+
+
+def _ending(error: BaseException, options: dict[str, str]) -> BaseException:
     """Say it in a sentence: the exit that follows. An unknown error stays what it is."""
     screen = Screen()
     # An import that a signal cuts short may turn it into an error of its own.
@@ -78,6 +93,6 @@ def _ending(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):
-        screen.error(error)
+        screen.error(error.renamed(lambda name: options.get(name, name)))
         return typer.Exit(1)
     return error
