@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.gates import Routing
 from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.state import STATE, RouterState
 
@@ -25,8 +26,8 @@ class RouterReport:
     """One router over a data set; padding is left out.
 
     Attributes:
-        name: the linear, or for EM-LoRA the transformer layer, whose experts are its linears.
-        tokens: how many tokens (EM-LoRA: prompts) were routed.
+        name: the linear; or the transformer layer, where its linears are the experts (EM-LoRA).
+        tokens: how many tokens were routed; prompts, where those are.
         load: share of all choices that fell on each expert; sums to 1.
         idle: share of tokens that do not use each expert.
         gate: mean weight of each expert.
@@ -50,9 +51,13 @@ class _Sums:
         self.gate: Any = 0
         self.entropy: Any = 0
 
-    def add(self, weights: Tensor, chosen: Tensor, probs: Tensor, mask: Tensor | None) -> None:
-        """weights, chosen, probs: (T, N). mask: (T,)."""
-        weights, probs = weights.double(), probs.double()
+    def add(self, routing: Routing, mask: Tensor | None) -> None:
+        """routing: (..., N). mask: (T,), false for padding."""
+        weights, probs = (
+            routing.weights.flatten(0, -2).double(),
+            routing.probs.flatten(0, -2).double(),
+        )
+        chosen = routing.chosen.flatten(0, -2)  # (T, N)
         kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens = self.tokens + kept.sum()
@@ -91,24 +96,17 @@ def routing_report(
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
         if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
-            routing = layer.route(x, adapter)
             mask = state.current.mask(x.shape[:-1], layer.name)
-            sums.setdefault(layer.name, _Sums()).add(
-                routing.weights.flatten(0, -2),
-                routing.chosen.flatten(0, -2),
-                routing.probs.flatten(0, -2),
-                mask,
-            )
+            sums.setdefault(layer.name, _Sums()).add(layer.route(x, adapter), mask)
 
     with evaluating(model), torch.no_grad():
         hooks = [layer.register_forward_pre_hook(look) for layer in layers_of(model)]
         try:
             for batch in batches:
                 model(**batch)
-                for (block, name), weights in state.current.decisions.items():
+                for (block, name), routing in state.current.decisions.items():
                     if name == adapter:
-                        probs = state.current.probs[(block, name)]
-                        sums.setdefault(block, _Sums()).add(weights, weights > 0, probs, None)
+                        sums.setdefault(block, _Sums()).add(routing, None)
         finally:
             for hook in hooks:
                 hook.remove()

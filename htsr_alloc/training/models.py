@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import build, control
-from htsr_alloc.lora_moe.config import SYSTEMS, LoraMoeConfig
+from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
 
 LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
@@ -27,10 +29,10 @@ class Adapter:
     A layer of N experts gets plain LoRA of rank N r, rounded, so that there r may be a fraction.
     """
 
-    system: str = "alphalora"
-    r: float = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
+    system: str = DEFAULT
+    r: float = Lora.r
+    lora_alpha: float = Lora.lora_alpha
+    lora_dropout: float = Lora.lora_dropout
     target: tuple[str, ...] = ()  # empty: every linear of a layer
 
     def put_on(self, model: Any, allocation: Allocation | Path | None) -> PeftModel:
@@ -40,19 +42,19 @@ class Adapter:
             HtsrError: an unknown system; an allocation where the system takes none, or none where
                 it takes one; an allocation that does not fit the model.
         """
-        if self.system not in (LORA, *SYSTEMS):
+        system = SYSTEMS.get(self.system)
+        if system is None and self.system != LORA:
             raise HtsrError(
                 f"There is no system {self.system!r}.",
                 f"Choose from {', '.join((*SYSTEMS, LORA))}.",
             )
-        takes_one = self.system != "em_lora"
-        if takes_one != (allocation is not None):
-            raise HtsrError(
-                f"{self.system} needs an allocation file."
-                if takes_one
-                else "EM-LoRA's experts are a layer's linears, so that it takes no allocation.",
-                "htsr allocate writes one." if takes_one else "Leave the allocation out.",
-            )
+        if system is not None and not system.takes_allocation:
+            if allocation is not None:
+                raise HtsrError(
+                    f"{system.title} takes no allocation of experts.", "Remove the allocation."
+                )
+        elif allocation is None:
+            raise HtsrError(f"{self.system} needs an allocation file.", "htsr allocate writes one.")
         targets: Sequence[str] | None = list(self.target) or None
         shared: dict[str, Any] = {
             "r": self.r,

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import write_text
 from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
-from htsr_alloc.lora_moe.bilevel import activation_parameters
+from htsr_alloc.lora_moe.systems.em_lora.bilevel import activation_parameters
 from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.tokens import BucketSampler, Collator, Example
 

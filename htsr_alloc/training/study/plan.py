@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from htsr_alloc import files
 from htsr_alloc.allocation import Bounds, allocate, parse_groups
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.systems import DEFAULT
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
 from htsr_alloc.training.recipe import Recipe
 
@@ -44,7 +46,7 @@ class RowSpec:
     """
 
     name: str
-    system: str = "alphalora"
+    system: str = DEFAULT
     main: bool = False
     strategy: str = "uniform"
     metrics: Path | None = None
@@ -68,9 +70,9 @@ class Study:
     seeds: tuple[int, ...] = (1, 2, 3)
     baseline: str = "uniform"
     experts: int = 160
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
+    r: int = Lora.r
+    lora_alpha: float = Lora.lora_alpha
+    lora_dropout: float = Lora.lora_dropout
     max_length: int = 512
     dtype: str = "auto"
     eval_batch_size: int = 32

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import gates
 
+POOLERS = ("last", "mean", "max", "attention")
+WEIGHTINGS = ("prob", "straight_through")
 DEGREES = (6, 5)  # of the numerator and the denominator
 FIT_RANGE = 3.0  # the activation starts at GeLU on [-3, 3]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import prompt
 from htsr_alloc.lora_moe.state import STATE, Generation, Pass
+from htsr_alloc.lora_moe.systems.em_lora import prompt
 
 
 def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
