@@ -47,7 +47,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
-            layer (for MoR its feed-forward linears); ``top_k`` overrides the allocation's.
+            layer, or the system's ``targets``; ``top_k`` overrides the allocation's.
 
     Raises:
         HtsrError: the allocation is for another number of layers; a layer or a target is not in
@@ -56,7 +56,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
     allocation = load(allocation)
     for name in ("num_experts", "expert_pattern"):
         if name in config:
-            raise HtsrError(f"build takes {name} from the allocation.", "Leave it out.")
+            raise HtsrError(f"build takes {name} from the allocation.", "Remove it.")
     system = system_of(config.get("system", DEFAULT))
     if not system.takes_allocation:
         raise HtsrError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from htsr_alloc.lora_moe.model import STATE
+from htsr_alloc.lora_moe.state import state_in
 
 
 class RouterLossCallback(TrainerCallback):
@@ -38,8 +38,5 @@ class RouterLossCallback(TrainerCallback):
 
 def router_aux_loss(model: Any) -> float | None:
     """The mean weighted balance loss since this was last asked, or None if there was none."""
-    for module in model.modules():
-        state = module.__dict__.get(STATE)
-        if state is not None:
-            return state.pop()
-    return None
+    state = state_in(model)
+    return None if state is None else state.pop()

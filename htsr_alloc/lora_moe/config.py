@@ -24,10 +24,10 @@ class LoraMoeConfig(PeftConfig):
 
     Args:
         r: rank of one expert.
-        lora_alpha: the scale is lora_alpha / r, except GOAT's.
+        lora_alpha: the scale is lora_alpha / r; for GOAT see goat_scale.
         lora_dropout: on the experts' input, never on the router's.
         target_modules: names, ends of names, a regular expression, or "all-linear". Default:
-            every linear but the head; for MoR those of the feed-forward block.
+            every linear but the head, or the system's ``targets``.
         exclude_modules: as target_modules, left out.
         num_experts: N wherever expert_pattern says nothing. 1 is plain LoRA.
         expert_pattern: N by layer ("model.layers.3", "layers.3") or module ("q_proj", a full
@@ -36,8 +36,7 @@ class LoraMoeConfig(PeftConfig):
         top_k: experts a token uses; min(top_k, N) where a module has fewer.
         top_k_pattern: top_k by layer or module, as expert_pattern; more than N is refused.
         system: a name in ``systems.SYSTEMS``; alphalora is MoLA too.
-        router_aux_loss_coef: weight of the balance loss. Default 1e-3, for EM-LoRA 1e-2; MoR and
-            HydraLoRA have none.
+        router_aux_loss_coef: weight of the balance loss; default the system's ``balance_coef``.
         router_aux_loss_reduction: how the modules' losses (1 each at balance) become one:
             "layers" sums over layers the mean of a layer's modules (as MoLA does), "sum" adds
             all modules (GOAT), "mean" averages them.
@@ -122,12 +121,14 @@ class LoraMoeConfig(PeftConfig):
         return SYSTEMS[self.system].count(self, listed)
 
     def top_k_of(self, module: str) -> int:
-        """min(top_k, N) of the module with this full name.
+        """min(top_k, N) of the module with this full name; N where the system has no top_k.
 
         Raises:
             HtsrError: top_k_pattern asks for more experts than the module has.
         """
         experts = self.experts_of(module)
+        if not SYSTEMS[self.system].has_top_k:
+            return experts
         asked = _lookup(self.top_k_pattern, module, "top_k_pattern")
         if asked is not None and asked > experts:
             raise HtsrError(

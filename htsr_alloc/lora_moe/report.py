@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.gates import Routing
 from htsr_alloc.lora_moe.model import layers_of
-from htsr_alloc.lora_moe.state import STATE, RouterState
+from htsr_alloc.lora_moe.state import state_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +53,8 @@ class _Sums:
 
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         """routing: (..., N). mask: (T,), false for padding."""
-        weights, probs = (
-            routing.weights.flatten(0, -2).double(),
-            routing.probs.flatten(0, -2).double(),
-        )
-        chosen = routing.chosen.flatten(0, -2)  # (T, N)
+        flat = (x.flatten(0, -2).double() for x in (routing.weights, routing.chosen, routing.probs))
+        weights, chosen, probs = flat  # (T, N)
         kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens = self.tokens + kept.sum()
@@ -90,8 +87,10 @@ def routing_report(
         HtsrError: no batch, or no router.
     """
     sums: dict[str, _Sums] = {}
-    adapter = adapter or _active(model)
-    state = _state(model)
+    state = state_in(model)
+    if state is None:
+        raise HtsrError("The model has no LoRA-MoE adapter.")
+    adapter = adapter or next(layers_of(model)).active_adapters[0]
 
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
@@ -124,17 +123,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _active(model: Any) -> str:
-    return next(layers_of(model)).active_adapters[0]
-
-
-def _state(model: nn.Module) -> RouterState:
-    for module in model.modules():
-        if STATE in module.__dict__:
-            return module.__dict__[STATE]
-    raise HtsrError("The model has no LoRA-MoE adapter.")
 
 
 def plot_routing(reports: list[RouterReport], path: str | Path | None = None) -> Figure:

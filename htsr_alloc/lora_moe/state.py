@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.gates import Routing
@@ -107,3 +107,9 @@ class RouterState:
         mean = float(self.total) / self.passes
         self.total, self.passes = None, 0
         return mean
+
+
+def state_in(model: nn.Module) -> RouterState | None:
+    """The state of the adapted model that this is or holds; None without a LoRA-MoE adapter."""
+    found = (module.__dict__.get(STATE) for module in model.modules())
+    return next((state for state in found if state is not None), None)

@@ -59,7 +59,7 @@ class System:
     Attributes:
         title: the name that its paper gives it. reference: the paper, and its equations.
         trained, frozen: its parameters, ``lora_moe_<name>`` in a file.
-        has_top_k: whether a token uses top_k experts.
+        has_top_k: whether a setting says how many experts a token uses.
         balance_coef: default weight of the balance loss; 0 where there is none.
         takes_allocation: whether an allocation of experts applies to it.
         targets: last parts of the names of the linears it adapts by default; empty: every linear.
@@ -136,7 +136,7 @@ class System:
         """
 
     def gate(self, layer: Any, adapter: str, logits: Tensor, x: Tensor) -> gates.Routing:
-        """The decision of a linear's router. logits: (..., N). x: (..., d_in)."""
+        """The decision of a linear's router; without top_k all experts. logits: (..., N)."""
         return gates.top_k_softmax(logits, layer.mixture[adapter].top_k)
 
     def mix(self, layer: Any, adapter: str, given: Inputs) -> tuple[Tensor, Tensor]:
@@ -159,12 +159,15 @@ class System:
         scale = layer.mixture[adapter].scale
         return experts.dense_experts(result, hidden, layer.lora_moe_B[adapter], gate, scale)
 
+    def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (N r, d_in), or (r, d_in) if shared, and B (d_out, N r) of all experts, detached."""
+        return layer.lora_moe_A[adapter].detach(), layer.lora_moe_B[adapter].detach()
+
     def products(self, layer: Any, adapter: str) -> Iterator[Product]:
-        """The low-rank product of each expert, detached."""
-        how = layer.mixture[adapter]
-        a, b = layer.lora_moe_A[adapter].detach(), layer.lora_moe_B[adapter].detach()
-        parts = zip(a.chunk(how.experts), b.chunk(how.experts, 1), strict=True)
-        for j, (own_a, own_b) in enumerate(parts):
+        """The low-rank product of each expert."""
+        (a, b), how = self.factors(layer, adapter), layer.mixture[adapter]
+        every_a = a.chunk(how.experts) if len(a) == b.shape[1] else [a] * how.experts
+        for j, (own_a, own_b) in enumerate(zip(every_a, b.chunk(how.experts, 1), strict=True)):
             yield Product(j, own_a, own_b, how.scale)
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
-from htsr_alloc.lora_moe import gates
-from htsr_alloc.lora_moe.systems.base import Product, Shape, System
+from htsr_alloc.lora_moe.systems.base import Shape, System
 
 
 class Hydra(System):
@@ -24,16 +20,6 @@ class Hydra(System):
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
         """A is (r, d_in)."""
         return {**super().shapes(config, n, d_in, d_out), "A": (config.r, d_in)}
-
-    def gate(self, layer: Any, adapter: str, logits: Tensor, x: Tensor) -> gates.Routing:
-        """All experts."""
-        return gates.dense_softmax(logits)
-
-    def products(self, layer: Any, adapter: str) -> Iterator[Product]:
-        """B_i A."""
-        how, a = layer.mixture[adapter], layer.lora_moe_A[adapter].detach()
-        for i, b in enumerate(layer.lora_moe_B[adapter].detach().chunk(how.experts, 1)):
-            yield Product(i, a, b, how.scale)
 
 
 SYSTEM = Hydra()

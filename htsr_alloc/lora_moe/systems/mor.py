@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from htsr_alloc.lora_moe import experts, gates
-from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System
+from htsr_alloc.lora_moe import experts
+from htsr_alloc.lora_moe.systems.base import Inputs, Shape, System
 
 STD = 0.02  # of the router's start, and of the noise around λ = 1
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
@@ -30,15 +30,9 @@ class Mor(System):
 
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
         """A (r, d_in), B (d_out, r), lambda_A (N, r), lambda_B (N, d_out)."""
-        r = config.r
-        found = super().shapes(config, n, d_in, d_out)
-        return {
-            **found,
-            "A": (r, d_in),
-            "B": (d_out, r),
-            "lambda_A": (n, r),
-            "lambda_B": (n, d_out),
-        }
+        r, found = config.r, super().shapes(config, n, d_in, d_out)
+        own = {"A": (r, d_in), "B": (d_out, r), "lambda_A": (n, r), "lambda_B": (n, d_out)}
+        return {**found, **own}
 
     def start(self, own: Mapping[str, Tensor], config: Any, name: str, weight: Tensor) -> None:
         """A and the router normal, λ = 1 with a little noise."""
@@ -49,10 +43,6 @@ class Mor(System):
         for ones in ("lambda_A", "lambda_B"):
             nn.init.normal_(own[ones], mean=1.0, std=STD)
 
-    def gate(self, layer: Any, adapter: str, logits: Tensor, x: Tensor) -> gates.Routing:
-        """All experts."""
-        return gates.dense_softmax(logits)
-
     def delta(self, layer: Any, adapter: str, result: Tensor, given: Inputs) -> Tensor:
         """Each rank of A x has the weight g_i λ_Ai, each row of B the factor λ_Bi."""
         hidden, gate = self.mix(layer, adapter, given)
@@ -60,13 +50,11 @@ class Mor(System):
         b = experts.scaled_b(layer.lora_moe_B[adapter], layer.lora_moe_lambda_B[adapter])
         return experts.dense_experts(result, hidden, b, weights, layer.mixture[adapter].scale)
 
-    def products(self, layer: Any, adapter: str) -> Iterator[Product]:
-        """(λ_Bi ⊙ B ⊙ λ_Ai) A, with the one A."""
-        a, b = layer.lora_moe_A[adapter].detach(), layer.lora_moe_B[adapter].detach()
-        rows = layer.lora_moe_lambda_B[adapter].detach().unsqueeze(-1)  # (N, d_out, 1)
-        ranks = layer.lora_moe_lambda_A[adapter].detach().unsqueeze(1)  # (N, 1, r)
-        for i, own_b in enumerate(rows * b * ranks):
-            yield Product(i, a, own_b, layer.mixture[adapter].scale)
+    def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """The one A, and λ_Bi ⊙ B ⊙ λ_Ai side by side."""
+        a, b = super().factors(layer, adapter)
+        b = experts.scaled_b(b, layer.lora_moe_lambda_B[adapter].detach())  # (d_out, N r)
+        return a, b * layer.lora_moe_lambda_A[adapter].detach().flatten()
 
 
 SYSTEM = Mor()
