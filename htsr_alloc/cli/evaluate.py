@@ -38,11 +38,14 @@ def evaluate(
     """
     from htsr_alloc.training import models, tokens
     from htsr_alloc.training.evaluate import evaluate as scored
+    from htsr_alloc.training.identity import check_base
     from htsr_alloc.training.rows import read_rows, share_of
 
     screen = Screen(as_json, quiet)
     models.silence()
     rows = share_of(read_rows(data), limit)
+    if adapter is not None:
+        check_base(adapter, model)
     where = models.device_of(device)
     loaded: Any = models.open_causal_lm(model, models.dtype_of(dtype, where)).to(where)
     if adapter is not None:

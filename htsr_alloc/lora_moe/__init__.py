@@ -22,7 +22,7 @@ from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.model import LoraMoeModel
 from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
-from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin
+from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin, activation_parameters
 from htsr_alloc.lora_moe.systems.em_lora.generation import after_prompt
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "LoraMoeModel",
     "RouterLossCallback",
     "RouterReport",
+    "activation_parameters",
     "after_prompt",
     "build",
     "collapse",

@@ -176,7 +176,8 @@ def open_model(folder: Path) -> nn.Module:
     """
     kind, _ = _model_class(folder)
     try:
-        return kind.from_pretrained(folder, dtype="auto")
+        options = {"trust_remote_code": False, "use_safetensors": True}
+        return kind.from_pretrained(folder, dtype="auto", **options)
     except (ValueError, OSError) as error:
         raise _cannot(folder, error) from None
 
@@ -187,7 +188,7 @@ def _model_class(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise _cannot(folder, error) from None
     names = getattr(config, "architectures", None) or [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ def evaluate(
         for batch, prompts in _batches(rows, choosing, tokenizer, batch_size):
             choices = [rows[i].choices for i in batch]
             made = _choose(model, tokenizer, prompts, choices, [rows[i] for i in batch])
+            _refuse_nan(made)
             for i, values in zip(batch, made, strict=True):
                 right = rows[i].answer
                 assert right is not None
@@ -79,6 +81,7 @@ def evaluate(
             )
             choices = [(answer(rows[i]),) for i in batch]
             made = _choose(model, tokenizer, prompts, choices, [rows[i] for i in batch])
+            _refuse_nan(made)
             losses += [-only.total / only.tokens for (only,) in made]
             for i, text in zip(batch, _generate(model, tokenizer, prompts, longest), strict=True):
                 hits[i] = "1" if first_line(text) == first_line(answer(rows[i])) else "0"
@@ -92,6 +95,11 @@ def evaluate(
         loss=sum(losses) / len(losses),
         hits="".join(hits),
     )
+
+
+def _refuse_nan(made: Sequence[Sequence[Choice]]) -> None:
+    if any(math.isnan(choice.total) for choices in made for choice in choices):
+        raise HtsrError("The model's answers are not numbers: it gives NaN.", "Train it again.")
 
 
 def first_line(text: str) -> str:

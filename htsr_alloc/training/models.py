@@ -17,6 +17,7 @@ from htsr_alloc.lora_moe.build import build, control
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
+from htsr_alloc.training.causal import refuse_unless_causal
 
 LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,17 +88,21 @@ def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """A causal language model with its weights in ``dtype``.
 
     Raises:
-        HtsrError: no model that transformers can load.
+        HtsrError: no model that transformers can load from safetensors, or one that is not causal.
     """
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
         raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise HtsrError(f"transformers cannot load {folder}: {reason}") from None
+    refuse_unless_causal(model, str(folder))
+    return model
 
 
 def open_adapter(model: Any, folder: Path) -> PeftModel:

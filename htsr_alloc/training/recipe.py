@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import write_text
-from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
-from htsr_alloc.lora_moe.systems.em_lora.bilevel import activation_parameters
+from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback, activation_parameters
+from htsr_alloc.training import saves
 from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.tokens import BucketSampler, Collator, Example
 
@@ -57,8 +56,49 @@ class Recipe:
             raise HtsrError(f"warmup must be in [0, 1), not {self.warmup}.")
 
 
+class Diverged(HtsrError):
+    """The loss or a weight is no longer a finite number."""
+
+
 class RecipeTrainer(Trainer):
-    """The stock Trainer; its batches hold rows of like length."""
+    """The stock Trainer; its batches hold rows of like length, and it stops where it diverges.
+
+    Losses and trained weights are looked at whenever something is logged or saved, so that no
+    step waits for the device and no checkpoint holds NaN.
+    """
+
+    _finite: torch.Tensor | None = None  # whether every loss so far was, a 0-d bool
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        now = torch.isfinite(loss.detach())
+        self._finite = now if self._finite is None else self._finite & now
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.refuse_divergence()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.refuse_divergence()
+        super()._save_checkpoint(model, trial)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
+        if self.is_world_process_zero():
+            saves.mark(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+    def refuse_divergence(self) -> None:
+        """Raise Diverged where a loss or a trained weight is NaN or infinite."""
+        trained = (p for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        lost = self._finite is not None and not bool(self._finite)
+        if lost or not all(bool(torch.isfinite(p).all()) for p in trained):
+            what = "the loss is not finite" if lost else "a weight is not finite"
+            kept, _ = saves.newest_whole(Path(str(self.args.output_dir)))
+            last = f"; {kept.name} is the last good checkpoint" if kept is not None else ""
+            raise Diverged(
+                f"The training diverged by step {self.state.global_step + 1}: {what}{last}.",
+                "Lower the learning rate.",
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -96,7 +136,7 @@ def make_trainer(
     device: torch.device | None = None,
     bf16: bool = False,
     progress: bool = False,
-) -> Trainer:
+) -> RecipeTrainer:
     """A Trainer that is ready to run.
 
     Args:
@@ -130,6 +170,7 @@ def make_trainer(
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=recipe.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         eval_strategy="epoch" if len(validation) else "no",
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
@@ -173,10 +214,3 @@ def total_steps(rows: int, recipe: Recipe, ranks: int = 1) -> int:
 def processes() -> int:
     """How many take part, before torch.distributed is set up."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of an interrupted run."""
-    inside = folder / CHECKPOINTS
-    found = get_last_checkpoint(str(inside)) if inside.is_dir() else None
-    return None if found is None else Path(found)

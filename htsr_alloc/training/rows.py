@@ -102,7 +102,7 @@ def parse(data: Any, line: int = 1) -> Row:
     if not names:
         raise ValueError("has no completion")
     completion = _text(data, names[0])
-    if not completion:
+    if not completion.strip():
         raise ValueError(f"has an empty {names[0]}")
     return Row(line, prompt, completion=completion)
 

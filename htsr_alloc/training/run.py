@@ -15,11 +15,12 @@ import torch
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import load
-from htsr_alloc.training import figure, models, tokens
-from htsr_alloc.training.recipe import Recipe, last_checkpoint, make_trainer
+from htsr_alloc.training import figure, models, saves, tokens
+from htsr_alloc.training.identity import RUN, content_of, weights_of
+from htsr_alloc.training.recipe import CHECKPOINTS, Recipe, make_trainer
 from htsr_alloc.training.rows import read_rows
 
-RUN, PICTURE = "run.json", "training.png"
+PICTURE = "training.png"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Run:
         """Everything a checkpoint depends on, but where files lie."""
         given = {n: getattr(self, n) for n in ("allocation", "data", "validation")}
         return {
-            **{n: None if path is None else files.sha256(path) for n, path in given.items()},
-            "model": files.sha256(self.model / "config.json"),
+            **{n: None if path is None else content_of(path) for n, path in given.items()},
+            "model": content_of(self.model / "config.json"),
+            "weights": weights_of(self.model),
             **asdict(self.adapter),
             "target": list(self.adapter.target),
             **{k: v for k, v in asdict(self.recipe).items() if not k.endswith("_every")},
@@ -85,7 +87,7 @@ def train(
         HtsrError: bad rows, an allocation that does not fit, a folder that holds another run.
     """
     started = time.time()
-    checkpoint = _earlier(run, resume)
+    checkpoint = _earlier(run, resume, note)
     device = models.device_of(run.device)
     dtype = models.dtype_of(run.dtype, device)
     rows = {"data": read_rows(run.data)}
@@ -121,6 +123,7 @@ def train(
     if is_first():  # the processes have met by now, so that each has seen the folder as it was
         files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.refuse_divergence()
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
         model.save_pretrained(str(run.output))
@@ -146,7 +149,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _earlier(run: Run, resume: bool) -> Path | None:
+def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, if that is asked for.
 
     Raises:
@@ -160,11 +163,15 @@ def _earlier(run: Run, resume: bool) -> Path | None:
             f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
         )
     before, now = json.loads(files.read_bytes(path)), run.settings()
-    changed = [name for name in now if before.get(name) != now[name]]
+    # What an older version did not write down cannot be compared.
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise HtsrError(
-            f"{run.output} was begun with another {changed[0]}: {before.get(changed[0])}, not "
+            f"{run.output} was started with another {changed[0]}: {before.get(changed[0])}, not "
             f"{now[changed[0]]}.",
             "Give the same settings, or another folder with -o.",
         )
-    return last_checkpoint(run.output)
+    checkpoint, broken = saves.newest_whole(run.output / CHECKPOINTS)
+    if broken and is_first():
+        note(f"{', '.join(path.name for path in broken)}: not whole, so not used")
+    return checkpoint

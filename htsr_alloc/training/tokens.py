@@ -42,7 +42,7 @@ def open_tokenizer(folder: Path) -> Any:
     if len(ggufs) == 1 and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         inside = {"gguf_file": ggufs[0].name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **inside)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **inside)
     except (ValueError, OSError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise HtsrError(

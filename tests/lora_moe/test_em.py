@@ -75,7 +75,7 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
     """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j.
 
     The values, and the gradients of a random projection of them; the formula is in float64.
-    The activation's gradients are sums that cancel: twice the tolerance.
+    The activation's gradients are sums that cancel: five times the tolerance.
     """
     model = em(em_pooler=how, em_dora=dora, model=tiny.llama(dtype=dtype))
     block, seen = model.get_base_model().model.layers[0], {}
@@ -143,7 +143,7 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
         if want is None:
             want = torch.zeros(())
         got = torch.zeros(()) if got is None else got
-        assert (got - want).abs().max() <= 2 * tolerance * max(1, want.abs().max())
+        assert (got - want).abs().max() <= 5 * tolerance * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)

@@ -22,7 +22,9 @@ RECORDS = [METRICS, ALLOCATION, WHOLE]
 
 def schema(kind: type) -> dict:
     name = {Metrics: "metrics-1.json", Allocation: "allocation-1.json"}[kind]
-    return json.loads(resources.files("htsr_alloc").joinpath("schemas", name).read_text())
+    return json.loads(
+        resources.files("htsr_alloc").joinpath("records", "schemas", name).read_text()
+    )
 
 
 def accepts(kind: type, data: object) -> tuple[bool, bool]:

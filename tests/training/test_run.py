@@ -117,7 +117,7 @@ def test_a_run_is_not_overwritten_nor_mixed(invoke, work):
     assert "holds a run already" in again.stderr
     other = invoke(*arguments("out", "--steps", 2, "--resume"))
     assert other.rc == 1
-    assert "was begun with another steps: 1, not 2" in other.stderr
+    assert "was started with another steps: 1, not 2" in other.stderr
 
 
 def test_two_processes_have_the_losses_of_one(invoke, work):

@@ -170,7 +170,7 @@ def test_a_torn_or_foreign_line_is_named(tmp_path):
     store.add({"task": "a", "row": "b", "seed": 1})
     with open(tmp_path / "r.jsonl", "a") as file:
         file.write("{}\n")
-    with pytest.raises(HtsrError, match="line 2: this is no cell"):
+    with pytest.raises(HtsrError, match="line 2: this is not a cell"):
         store.read()
 
 

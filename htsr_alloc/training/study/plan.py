@@ -16,6 +16,7 @@ from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.systems import DEFAULT
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
+from htsr_alloc.training.identity import content_of
 from htsr_alloc.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -131,10 +132,10 @@ def fingerprint(study: Study, cell: Cell) -> str:
     task, row = study.tasks[cell.task], cell.row
     parts: dict[str, Any] = {
         "model": study.model.name,
-        "config": files.sha256(study.model / "config.json"),
-        "train": files.sha256(task.train),
-        "test": files.sha256(task.test),
-        "valid": files.sha256(task.valid) if task.valid else None,
+        "config": content_of(study.model / "config.json"),
+        "train": content_of(task.train),
+        "test": content_of(task.test),
+        "valid": content_of(task.valid) if task.valid else None,
         "test_rows": task.test_rows,
         "row": {k: v for k, v in dataclasses.asdict(row).items() if k not in ("name", "main")},
         "scores": _scores(row.metrics or study.metrics),

@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.systems import SYSTEMS
 from htsr_alloc.training import models, tokens
-from htsr_alloc.training.evaluate import evaluate
-from htsr_alloc.training.recipe import make_trainer
+from htsr_alloc.training.evaluate import Score, evaluate
+from htsr_alloc.training.identity import weights_of
+from htsr_alloc.training.recipe import Diverged, make_trainer
 from htsr_alloc.training.rows import read_rows, share_of
 from htsr_alloc.training.study.budget import fitted
 from htsr_alloc.training.study.plan import UNTRAINED, Cell, Study, cells, fingerprint
@@ -55,7 +56,8 @@ def run(study: Study, device: torch.device, say: Said, limit: int | None = None)
             result = run_cell(study, cell, device)
             store.add(result)
             count += 1
-            say(f"  accuracy {result['accuracy']:.3f} in {result['wall_s']:.0f} s")
+            outcome = result["diverged"] or f"accuracy {result['accuracy']:.3f}"
+            say(f"  {outcome} in {result['wall_s']:.0f} s")
     return count
 
 
@@ -68,7 +70,15 @@ def check(study: Study, store: Store) -> None:
     done = store.read()
     for cell in cells(study):
         old = done.get(cell.key)
-        if old is not None and old["fingerprint"] != fingerprint(study, cell):
+        if old is None:
+            continue
+        if "weights" in old and old["weights"] != weights_of(study.model):
+            raise HtsrError(
+                f"{store.path.name} has {cell.row.name} on {cell.task} with other weights than "
+                f"those in {study.model.name}.",
+                "Name another results file, or give the model that the results are of.",
+            )
+        if old["fingerprint"] != fingerprint(study, cell):
             raise HtsrError(
                 f"{store.path.name} has {cell.row.name} on {cell.task} with other settings or data "
                 "than the study's.",
@@ -82,7 +92,7 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
     task, dtype = study.tasks[cell.task], models.dtype_of(study.dtype, device)
     tokenizer = _tokenizer(study.model)
     model: Any = models.open_causal_lm(study.model, dtype).to(device)
-    made, train_loss, trainable = None, None, 0
+    made, train_loss, trainable, diverged = None, None, 0, None
     if cell.row.system != UNTRAINED:
         made = fitted(study, cell.row)
         torch.manual_seed(cell.seed)
@@ -99,18 +109,26 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
                 device=device,
                 bf16=dtype == torch.bfloat16,
             )
-            trainer.train()
+            try:
+                trainer.train()
+                trainer.refuse_divergence()
+            except Diverged as error:
+                diverged = error.message
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        train_loss = losses[-1]
+        train_loss = None if diverged else losses[-1]
     trained = time.time()
     rows = share_of(read_rows(task.test), task.test_rows)
-    score = evaluate(model, tokenizer, rows, batch_size=study.eval_batch_size)
+    score = None
+    if not diverged:
+        score = evaluate(model, tokenizer, rows, batch_size=study.eval_batch_size)
+    scored = dict.fromkeys(f.name for f in fields(Score)) if score is None else asdict(score)
     return {
         "task": cell.task,
         "row": cell.row.name,
         "seed": cell.seed,
         "system": cell.row.system,
-        **asdict(score),
+        **scored,
+        "diverged": diverged,
         "train_loss": train_loss,
         "trainable": trainable,
         "r": made.adapter.r if made else None,
@@ -122,6 +140,7 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "versions": {"htsr_alloc": __version__, "torch": torch.__version__},
         "fingerprint": fingerprint(study, cell),
+        "weights": weights_of(study.model),
     }
 
 

@@ -8,6 +8,7 @@ when a process ends, however it ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -42,7 +43,7 @@ class Store:
         """Every finished cell.
 
         Raises:
-            HtsrError: a line that is no cell.
+            HtsrError: a line that is not a cell.
         """
         if not self.path.exists():
             return {}
@@ -52,12 +53,15 @@ class Store:
                 cell = json.loads(line)
                 found[(cell["task"], cell["row"], cell["seed"])] = cell
             except (ValueError, KeyError, TypeError):
-                raise HtsrError(f"{self.path.name}, line {number}: this is no cell.") from None
+                raise HtsrError(f"{self.path.name}, line {number}: this is not a cell.") from None
         return found
 
     def add(self, cell: dict[str, Any]) -> None:
         """Append one finished cell."""
-        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, FILE_BYTE)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, FILE_BYTE)
+        except OSError as error:
+            raise files.cannot("lock", self.lock_path, error) from None
         try:
             lines = [*self.read().values(), cell]
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -70,7 +74,9 @@ class Store:
         byte = 1 + zlib.crc32("\0".join(map(str, key)).encode())
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # no lock at all, as on some NFS
+                raise files.cannot("lock", self.lock_path, error) from None
             yield False
             return
         try:

@@ -39,17 +39,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table; the means are over seeds, ``deviation`` is theirs (None for one)."""
+    """One row of the table; the means are over seeds, ``deviation`` is theirs (None for one).
+
+    ``diverged`` runs have no accuracy and count in no mean; where all did, the means are None.
+    """
 
     task: str
     row: str
     seeds: int
     rows: int
     trainable: int
-    accuracy: float
+    accuracy: float | None
     deviation: float | None
-    loss: float
+    loss: float | None
     difference: Difference | None
+    diverged: int = 0
 
 
 def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]:
@@ -58,10 +62,16 @@ def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]
     The lines of ``ALL`` are means over tasks, for the rows that every task has with the same seeds.
     """
     lines = []
+    lost = {key for key, cell in done.items() if cell.get("diverged")}
+    everything, done = done, {key: cell for key, cell in done.items() if key not in lost}
     for task in study.tasks:
         base = {s: done[k] for s in study.seeds if (k := (task, study.baseline, s)) in done}
         for row in study.rows:
             own = {s: done[k] for s in study.seeds if (k := (task, row.name, s)) in done}
+            gone = [everything[k] for s in study.seeds if (k := (task, row.name, s)) in lost]
+            if not own and gone:
+                size = gone[0]["trainable"]
+                lines.append(Line(task, row.name, 0, 0, size, None, None, None, None, len(gone)))
             if not own:
                 continue
             found = list(own.values())
@@ -81,6 +91,7 @@ def summarise(study: Study, done: Mapping[Key, Mapping[str, Any]]) -> list[Line]
                     difference([own[s]["hits"] for s in common], [base[s]["hits"] for s in common])
                     if compared
                     else None,
+                    len(gone),
                 )
             )
     if len(study.tasks) > 1:
@@ -135,9 +146,9 @@ def over_tasks(lines: Sequence[Line]) -> Line:
         first.seeds,
         sum(line.rows for line in lines),
         first.trainable,
-        statistics.mean(line.accuracy for line in lines),
+        statistics.mean(line.accuracy for line in lines if line.accuracy is not None),
         math.hypot(*deviations) / k if len(deviations) == k else None,
-        statistics.mean(line.loss for line in lines),
+        statistics.mean(line.loss for line in lines if line.loss is not None),
         together,
     )
 
@@ -162,20 +173,20 @@ def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> st
                 [
                     line.task if line.task != before else "",
                     line.row,
-                    str(line.seeds),
+                    f"{line.seeds}" + (f" ({line.diverged} diverged)" if line.diverged else ""),
                     f"{line.trainable:,}",
-                    f"{line.accuracy:.1%}",
+                    f"{line.accuracy:.1%}" if line.accuracy is not None else "-",
                     f"{line.deviation:.1%}" if line.deviation is not None else "-",
                     f"{d.mean:+.1%}" if d else "-",
                     f"±{d.over_rows:.1%}" if d else "-",
                     f"±{d.over_seeds:.1%}" if d and d.over_seeds is not None else "-",
-                    f"{line.loss:.3f}",
+                    f"{line.loss:.3f}" if line.loss is not None else "-",
                 ]
             )
             + " |"
         )
         before = line.task
-    sizes = sorted({line.rows for line in lines if line.task != ALL})
+    sizes = sorted({line.rows for line in lines if line.task != ALL and line.rows})
     planned = cells(study)
     finished = sum(cell.key in done for cell in planned)
     text += [

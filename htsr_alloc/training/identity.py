@@ -1,0 +1,61 @@
+"""What a model's folder holds, told from its bytes: a changed base is never taken for the old."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from htsr_alloc import files
+from htsr_alloc.errors import HtsrError
+
+RUN = "run.json"  # beside a trained adapter: everything that it depends on
+
+
+def content_of(path: Path) -> str:
+    """The sha256 of a file's bytes, read once a process as long as the file does not change."""
+    found = path.stat()
+    return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.cache
+def _content(path: Path, *state: int) -> str:
+    return files.sha256(path)
+
+
+def weights_of(folder: Path) -> str:
+    """The sha256 over names and bytes of a folder's safetensors files, as 16 hexadecimal digits.
+
+    Raises:
+        HtsrError: there is no such file.
+    """
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise HtsrError(
+            f"{folder} has no weights in safetensors.", "Convert them: nothing is unpickled here."
+        )
+    pairs = [[path.name, content_of(path)] for path in shards]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def check_base(adapter: Path, model: Path) -> None:
+    """Refuse an adapter that ``htsr train`` made on other weights than the model's.
+
+    An adapter from elsewhere says nothing of its base, and passes.
+
+    Raises:
+        HtsrError: the run's file names other weights.
+    """
+    path = adapter / RUN
+    if not path.is_file():
+        return
+    try:
+        was = json.loads(files.read_bytes(path)).get("weights")
+    except (ValueError, AttributeError):
+        raise HtsrError(f"{path} is not a run's file.", "Train again.") from None
+    if was is not None and was != weights_of(model):
+        raise HtsrError(
+            f"{adapter} was trained on other weights than those in {model}.",
+            "Give the model that it was trained on.",
+        )
