@@ -13,7 +13,7 @@ class RouterLossCallback(TrainerCallback):
     """Adds ``router_aux_loss`` to the logs of any transformers Trainer.
 
     The mean over forward passes since the last log of Σ coefficient · L; the ``loss`` that the
-    trainer logs does not contain it, so that it compares with a run without routers.
+    trainer logs does not contain it and can be compared with that of a run without routers.
 
     A trainer hands its logs to the reporters (TensorBoard, W&B) before the callbacks it was given;
     ``RouterLossCallback().attach(trainer)`` puts this one before them. Given as

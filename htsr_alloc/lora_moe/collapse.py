@@ -69,14 +69,14 @@ def collapse(
         batches: of the model's own arguments.
 
     Raises:
-        HtsrError: no batch, or EM-DoRA, whose experts are no low-rank sums.
+        HtsrError: no batch, or EM-DoRA, whose experts are not low-rank sums.
     """
     batches = list(batches)
     adapted = list(layers_of(model))
     adapter = adapter or adapted[0].active_adapters[0]
     layers = [layer for layer in adapted if adapter in layer.mixture]
     if not all(p.sums for layer in layers for p in layer.products(adapter)):
-        raise HtsrError("EM-DoRA's experts are no low-rank sums and cannot become a LoRA.")
+        raise HtsrError("EM-DoRA's experts are not low-rank sums and cannot become a LoRA.")
     if not batches:
         raise HtsrError("collapse needs calibration batches.")
     routed = any(layer.mixture[adapter].experts > 1 or adapter in layer.place for layer in layers)

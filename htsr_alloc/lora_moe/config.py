@@ -28,7 +28,7 @@ class LoraMoeConfig(PeftConfig):
         lora_dropout: on the experts' input, never on the router's.
         target_modules: names, ends of names, a regular expression, or "all-linear". Default:
             every linear but the head, or the system's ``targets``.
-        exclude_modules: as target_modules, left out.
+        exclude_modules: linears that stay as they are, written as target_modules.
         num_experts: N wherever expert_pattern says nothing. 1 is plain LoRA.
         expert_pattern: N by layer ("model.layers.3", "layers.3") or module ("q_proj", a full
             name), each a regular expression for whole name parts. A full module name wins over
@@ -104,7 +104,7 @@ class LoraMoeConfig(PeftConfig):
         if not 0 <= self.lora_dropout < 1:
             raise HtsrError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.")
         if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
-            raise HtsrError("router_aux_loss_coef cannot be negative.")
+            raise HtsrError("router_aux_loss_coef must not be negative.")
         for system in SYSTEMS.values():
             system.check(self)
 

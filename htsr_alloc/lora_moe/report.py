@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """One router over a data set; padding is left out.
+    """One router over a data set; padding is not counted.
 
     Attributes:
         name: the linear; or the transformer layer, where its linears are the experts (EM-LoRA).

@@ -97,7 +97,7 @@ def resolve_modules(
     targets: Sequence[str] | None,
     usual: Sequence[str] = (),
 ) -> dict[str, list[str]]:
-    """Block -> full names of the linears to adapt; those without experts are left out.
+    """Block -> full names of the linears to adapt; those without experts are skipped.
 
     Where the allocation lists linears (by the model's own names), no other is adapted.
 
@@ -117,7 +117,7 @@ def resolve_modules(
     for name in listed:
         if name not in linears:
             raise HtsrError(
-                f"The allocation lists {name}, which is no linear of the model.",
+                f"The allocation lists {name}, which is not a linear of the model.",
                 "Give the model that the allocation was made for.",
             )
     chosen: dict[str, list[str]] = {}
@@ -151,5 +151,5 @@ def resolve_modules(
         if not names:
             raise HtsrError(f"{prefix} has no linear to adapt.", "Change target_modules.")
     if not chosen:
-        raise HtsrError("No layer has an expert, so that there is nothing to train.")
+        raise HtsrError("No layer has an expert: there is nothing to train.")
     return chosen

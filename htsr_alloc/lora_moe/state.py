@@ -73,7 +73,7 @@ class Pass:
             return found.reshape(-1)
         raise HtsrError(
             f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
-            "that padding cannot be left out of the balance loss.",
+            "the balance loss cannot skip padding.",
             "Exclude this module, or set router_aux_loss_coef=0.",
         )
 

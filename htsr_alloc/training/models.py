@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Adapter:
     """What is put on a model; the defaults are the AlphaLoRA paper's.
 
-    A layer of N experts gets plain LoRA of rank N r, rounded, so that there r may be a fraction.
+    Plain LoRA gets rank N r, rounded, on a layer of N experts; r may then be a fraction.
     """
 
     system: str = DEFAULT

@@ -337,7 +337,7 @@ def test_targets_choose_among_the_listed_linears():
 
 def test_a_listed_linear_that_the_model_lacks_is_refused():
     made = by_linears([[3, 1], [1, 2]], names=("self_attn.q_proj", "mlp.w1"))
-    with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is no linear"):
+    with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is not a linear"):
         to_peft_rank(made, Lora(), modules(2))
 
 

@@ -199,7 +199,7 @@ def test_the_control_of_linears():
 @pytest.mark.parametrize(
     ("allocation", "config", "sentence"),
     [
-        (by_linears([{"mlp.w1": 2}, {"mlp.w1": 2}]), {}, r"mlp\.w1, which is no linear"),
+        (by_linears([{"mlp.w1": 2}, {"mlp.w1": 2}]), {}, r"mlp\.w1, which is not a linear"),
         (by_linears(COUNTS), {"target_modules": ["v_proj"]}, "no linear v_proj"),
         (by_linears([{"mlp.up_proj": 0}, {"mlp.up_proj": 0}]), {}, "No layer has an expert"),
         (dataclasses.replace(by_linears(COUNTS), evidence=()), {}, "layer 0, which has no block"),

@@ -97,7 +97,7 @@ class System:
                 "Remove router_aux_loss_coef.",
             )
         if not self.has_top_k and config.top_k_pattern:
-            raise HtsrError(f"{self.name} has no top_k, so that top_k_pattern means nothing.")
+            raise HtsrError(f"{self.name} has no top_k; remove top_k_pattern.")
 
     def admit(self, config: Any, name: str, weight: Tensor) -> None:
         """Refuse a linear whose weight (d_out, d_in) does not show what every pass needs."""

@@ -106,7 +106,7 @@ def goat_start(
     starts = segment_starts(segment, min(d_out, d_in), experts, rank, generator)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if not bool(torch.isfinite(work).all()):
-        raise HtsrError("A weight holds NaN or infinity, so that it has no SVD.")
+        raise HtsrError("A weight holds NaN or infinity and has no SVD.")
     u, sigma, vt = torch.linalg.svd(work, full_matrices=False)
     index = torch.tensor(starts, device=work.device).unsqueeze(1)
     index = index + torch.arange(rank, device=work.device)  # (E, d)
@@ -165,8 +165,8 @@ class Goat(System):
         super().start(own, config, name, weight)
         if not is_plain(weight):
             raise HtsrError(
-                f"{name} is quantised, and GOAT needs its singular values, which its integers do "
-                "not show.",
+                f"{name} is quantised, and GOAT needs the singular values of its "
+                "unquantised weight.",
                 "Make and save the adapter on the unquantised model, then load it on the "
                 "quantised one; or use system='alphalora'.",
             )

@@ -42,7 +42,7 @@ class EmLora(System):
         if config.em_dora and not is_plain(weight):
             raise HtsrError(
                 f"{name} is quantised, and EM-DoRA needs the norms of its rows in every pass, "
-                "which its integers do not show.",
+                "which the quantised weight does not give.",
                 "Remove em_dora, or use the unquantised model.",
             )
 
@@ -89,7 +89,7 @@ class EmLora(System):
         return result + gate * experts.dora_delta(clean, low_rank, magnitude, norm)
 
     def products(self, layer: Any, adapter: str) -> Iterator[Product]:
-        """As ``base``'s; DoRA's weight is no sum."""
+        """As ``base``'s; DoRA's weight is not a sum."""
         for product in super().products(layer, adapter):
             yield replace(product, sums=not layer.mixture[adapter].config.em_dora)
 

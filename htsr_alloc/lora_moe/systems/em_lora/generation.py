@@ -43,7 +43,7 @@ def read_prompt(
             raise HtsrError(
                 "EM-LoRA chooses by the whole prompt, and the cache given holds a part of the text "
                 f"already, with {tokens.shape[1]} tokens to come.",
-                "Leave past_key_values out; by hand, run the prompt, then one token at a time, or "
+                "Remove past_key_values; by hand, run the prompt, then one token at a time, or "
                 "several inside after_prompt(model).",
             )
         now.decisions = before.decisions

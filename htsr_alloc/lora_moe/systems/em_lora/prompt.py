@@ -128,7 +128,7 @@ def prompt_tokens(mask: Tensor | None, labels: Tensor | None, tokens: Tensor) ->
 
 
 def refuse_packing(mask: Tensor | None, given: dict) -> None:
-    """Several texts in one row have no one prompt.
+    """Refuse rows of several texts, which have no single prompt.
 
     Raises:
         HtsrError: the batch says that it is packed.

@@ -27,7 +27,7 @@ def attach(
     Parameters: router (N, d), pool (d,) for attention pooling, numerator (7,), denominator (5,).
 
     Raises:
-        HtsrError: an encoder-decoder model, which has no one prompt.
+        HtsrError: an encoder-decoder model, which has no single prompt.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HtsrError("EM-LoRA routes by the prompt of a decoder-only model.")
@@ -84,7 +84,7 @@ def _width(block: nn.Module, host: Any) -> int:
 
 
 class BlockRouter:
-    """The hooks of a block: decide at prefill on its input, keep to it afterwards.
+    """The hooks of a block: choose from its input at prefill, keep the choice afterwards.
 
     Gradient checkpointing may recompute a block without its own hooks, so the decision is made
     before the block's first module instead, which sees the block's input and lies inside.
