@@ -3,11 +3,13 @@
 # make train-demo   SmolLM2-135M trained on a real task, before and after (minutes on a CPU)
 # make study        data/study/smollm2.yaml, as far as it has not been run; then docs/STUDY.md
 # make faults       kills, other faults, bad inputs: a table of what was tried and lost (minutes)
+# make lock         uv.lock and constraints.txt from pyproject.toml (needs uv)
+# make audit        known vulnerabilities of the pinned packages
 # make clean        removes .venv and build
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
 # and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
-# make PYTHON=python3.12 test, make test ARGS="-k estimators".
+# make PYTHON=python3.12 test, make test ARGS="-k estimators", make lock ARGS=--upgrade.
 
 PYTHON ?= python3
 MODEL  ?= smollm2
@@ -15,11 +17,10 @@ T      ?= 160
 BETA   ?= 2.5
 ARGS   ?=
 
-COMMA := ,
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test train-demo study faults lint docs clean
+.PHONY: demo test train-demo study faults lint docs lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -36,8 +37,6 @@ demo: .venv/demo
 	esac
 
 test: .venv/test
-	@$(BIN)/python data/checkpoints.py minilm >/dev/null
-	@$(BIN)/python data/checkpoints.py smollm2 >/dev/null
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: .venv/test
@@ -71,23 +70,40 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
+# The pins that pip reads are the lock file's, without hashes (a machine may have its own build of
+# torch) and without torch's CUDA packages, which PyPI's build of torch pins itself.
+UV ?= uv
+lock:
+	$(UV) lock $(ARGS)
+	@{ echo "# Exact versions for CI, the demo and the tests, from uv.lock: make lock writes this file."; \
+	$(UV) export --quiet --all-extras --all-groups --no-emit-project --no-hashes --no-annotate --no-header \
+	  | sed -E -e '/^(nvidia|cuda|triton)/d' -e 's/ (;|and) \(*platform_machine.*//' -e 's/ (;|and) sys_platform.*//'; \
+	} > constraints.txt
+
+audit: .venv/test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --skip-editable
+
 clean:
 	rm -rf .venv build
 
-# One environment; a stamp for each set of extras in it.
+# One environment; a stamp for each set of packages in it.
 .venv/bin/python:
 	@echo "creating .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 
-.venv/demo .venv/test: .venv/%: .venv/bin/python pyproject.toml constraints.txt
-	@echo "installing htsr_alloc[$*] and its dependencies into .venv"
-	@$(PIP) -e ".[$(subst test,test$(COMMA)train,$*)]"
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing htsr_alloc[demo] and its dependencies into .venv"
+	@$(PIP) -e ".[demo]"
 	@touch $@
 
-.venv/lint: .venv/test
-	@$(PIP) -e ".[dev]"
+# Dependency groups need pip 25.1, which the Python at hand need not have.
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing htsr_alloc[train], the tests' packages and their dependencies into .venv"
+	@$(PIP) "pip>=25.1"
+	@$(PIP) -e ".[train]" --group test
 	@touch $@
 
-.venv/docs: .venv/test
-	@$(PIP) -e ".[docs]"
+.venv/lint .venv/docs: .venv/%: .venv/test
+	@$(PIP) --group $*
 	@touch $@

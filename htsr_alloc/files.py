@@ -79,10 +79,10 @@ def cannot(verb: str, path: Path, error: OSError) -> HtsrError:
 
 
 def parse_json(text: str) -> Any:
-    """JSON without NaN, Infinity and repeated keys.
+    """JSON without NaN, Infinity and duplicate keys.
 
     Raises:
-        ValueError: it is none. RecursionError: it is nested too deeply.
+        ValueError: it is not JSON, or has one of these. RecursionError: it is nested too deeply.
     """
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
 
@@ -92,10 +92,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's pairs as a dict; ValueError when a key stands twice."""
+    """An object's pairs as a dict; ValueError on a duplicate key."""
     record = dict(pairs)
     if len(record) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice!r} stands twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return record

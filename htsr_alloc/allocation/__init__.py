@@ -4,21 +4,44 @@ Standard library only, but for ``sensitivity``, which is imported by itself.
 docs/ALLOCATION.md has the formulas and their sources.
 """
 
-from htsr_alloc.allocation.costs import parse_params, parse_share
-from htsr_alloc.allocation.decide import STRATEGIES, allocate
-from htsr_alloc.allocation.patterns import mola_counts, parse_counts, parse_groups
+from htsr_alloc.allocation.budget import (
+    Budget,
+    Experts,
+    Params,
+    Share,
+    parse_params,
+    parse_share,
+)
+from htsr_alloc.allocation.decide import allocate
 from htsr_alloc.allocation.quotas import beta_of_spread, quotas
-from htsr_alloc.allocation.repair import REPAIRS, Bounds, repair_official, repair_remainder
+from htsr_alloc.allocation.request import Request, keywords_of
+from htsr_alloc.allocation.rounding import REPAIRS, Bounds, repair_official, repair_remainder
 from htsr_alloc.allocation.scorefile import Scores, read_scores
-from htsr_alloc.allocation.scores import layer_scores
+from htsr_alloc.allocation.scores import Metric, layer_scores
+from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Explicit, Mola, Uniform
+from htsr_alloc.allocation.strategies.explicit import parse_counts
+from htsr_alloc.allocation.strategies.mola import mola_counts, parse_groups
+from htsr_alloc.allocation.units import POOLS
 
 __all__ = [
+    "POOLS",
     "REPAIRS",
     "STRATEGIES",
+    "AlphaLora",
     "Bounds",
+    "Budget",
+    "Experts",
+    "Explicit",
+    "Metric",
+    "Mola",
+    "Params",
+    "Request",
     "Scores",
+    "Share",
+    "Uniform",
     "allocate",
     "beta_of_spread",
+    "keywords_of",
     "layer_scores",
     "mola_counts",
     "parse_counts",

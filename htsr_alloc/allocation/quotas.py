@@ -16,6 +16,10 @@ def quotas(scores: Sequence[float], budget: int, beta: float) -> list[float]:
         budget: T, the experts of all layers together.
         beta: any finite exponent; 0 is uniform, a negative one inverts the order.
 
+    In double precision a larger score has a larger quota, or the same one where the two differ by
+    rounding errors alone (by about 1e-15, relatively). Equal quotas are a tie, and the roundings
+    then go by the order of the layers.
+
     Raises:
         HtsrError: a score that is not positive and finite, or a beta that is not finite.
     """
@@ -33,13 +37,13 @@ def weights_of(
 ) -> list[float]:
     """v^beta relative to the largest: 1 at most. ``names`` are for the error's sentence."""
     if not math.isfinite(beta):
-        raise HtsrError(f"beta must be a finite number, not {beta}.")
+        raise HtsrError(f"`beta` must be a finite number, not {beta}.")
     for i, score in enumerate(scores):
         if not (math.isfinite(score) and score > 0):
             raise HtsrError(
                 f"{names[i] if names else f'Layer {i}'} scores {score:.6g}, and eq. 6 needs scores "
                 "above zero.",
-                "Use another --metric; pl_alpha_hill and stable_rank are always positive.",
+                "Use another `metric`; pl_alpha_hill and stable_rank are always positive.",
             )
     # Logs relative to the largest weight: v^beta alone overflows at large beta.
     logs = [beta * math.log(score) for score in scores]
@@ -61,7 +65,7 @@ def beta_of_spread(groups: Iterable[Sequence[float]], spread: float) -> float:
         HtsrError: a spread below 1, or scores that are all equal.
     """
     if not (math.isfinite(spread) and spread >= 1):
-        raise HtsrError(f"--spread is largest over smallest quota, at least 1, not {spread:g}.")
+        raise HtsrError(f"`spread` is largest over smallest quota, at least 1, not {spread:g}.")
     widest = 0.0
     for scores in groups:
         weights_of(scores, 1.0)
@@ -71,6 +75,6 @@ def beta_of_spread(groups: Iterable[Sequence[float]], spread: float) -> float:
     if widest == 0:
         raise HtsrError(
             f"All scores are equal, so that no beta spreads the quotas by {spread:g}.",
-            "Give --beta, or another --metric.",
+            "Give `beta`, or another `metric`.",
         )
     return math.log(spread) / widest

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc import files
+from htsr_alloc.allocation.units import Unit
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import File
+from htsr_alloc.records import File, Metrics
 
 KEYS = ("module", "layer", "prefix")  # what a row can be about, the finest first
 
@@ -29,6 +30,28 @@ class Scores:
     key: str
     values: dict[str, float]
     source: File
+
+    @property
+    def prefixes(self) -> list[str | None]:
+        """The layers that it scores, by their blocks' names where it has them."""
+        return list(self.values) if self.key == "prefix" else [None] * len(self.values)
+
+    def of(self, units: Sequence[Unit], metrics: Metrics | None) -> list[float]:
+        """The score of each layer or linear.
+
+        Raises:
+            HtsrError: the file scores linears and these are layers, or the other way round; one
+                is missing, or the file has others.
+        """
+        if (self.key == "module") != (units[0].matrix is not None):
+            wrong = "by linears" if self.key == "module" else "by layers"
+            hint = "Add `per_module`." if self.key == "module" else "Remove `per_module`."
+            raise HtsrError(f"{self.source.file} has scores {wrong}.", hint)
+        return self.ordered([str(u.layer) if self.key == "layer" else u.name for u in units])
+
+    def record(self, metrics: Metrics | None) -> dict[str, Any]:
+        """What the allocation file says of the scores."""
+        return {"metric": self.column, "scores": self.source}
 
     def ordered(self, names: Sequence[str]) -> list[float]:
         """The scores of these layers, blocks or linears, each of which must have one.
@@ -59,8 +82,8 @@ def read_scores(path: Path, column: str = "score") -> Scores:
         column: which column to take.
 
     Raises:
-        HtsrError: neither format, no such column, a row twice, or a score that is no finite
-            number.
+        HtsrError: neither format, no such column, a row twice, or a score that is not a
+            finite number.
     """
     text = files.read_bytes(path)
     try:
@@ -81,10 +104,10 @@ def read_scores(path: Path, column: str = "score") -> Scores:
         for wanted in (key, column):
             if wanted not in row:
                 have = ", ".join(map(str, row))
-                raise HtsrError(f"{where} has no {wanted!r}; it has {have}.", "Give --column.")
+                raise HtsrError(f"{where} has no {wanted!r}; it has {have}.", "Give `column`.")
         name = str(row[key]).strip()
         if name in values:
-            raise HtsrError(f"{where}: {key} {name} stands twice.")
+            raise HtsrError(f"{where}: duplicate {key} {name}.")
         values[name] = _number(row[column], where)
     return Scores(column, key, values, File(path.name, files.sha256(path)))
 
@@ -94,17 +117,17 @@ def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = reader.fieldnames or []
         if len(set(header)) != len(header):
-            raise ValueError("a column stands twice")
+            raise ValueError("duplicate column")
         rows = list(reader)
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} has not {len(header)} columns")
+                raise ValueError(f"line {reader.line_num} does not have {len(header)} columns")
         return rows
     if path.suffix != ".json":
         raise ValueError("it is neither .csv nor .json")
     data = files.parse_json(text)
     if not isinstance(data, list):
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     if data and all(not isinstance(row, dict) for row in data):
         return [{"layer": i, column: value} for i, value in enumerate(data)]
     if not all(isinstance(row, dict) for row in data):
@@ -118,5 +141,5 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise HtsrError(f"{where}: {value!r} is no finite number.")
+        raise HtsrError(f"{where}: {value!r} is not a finite number.")
     return number

@@ -5,10 +5,43 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from htsr_alloc.allocation.units import Unit
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.records import METRICS, Metrics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the metrics file, or several with weights as ``parse_metric`` reads them."""
+
+    text: str = "pl_alpha_hill"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether an estimator has a part in it: Stable_Rank alone has none, nor windows."""
+        return set(parse_metric(self.text)) != {"stable_rank"}
+
+    def of(self, units: Sequence[Unit], metrics: Metrics | None) -> list[float]:
+        """The score of each layer or linear.
+
+        Raises:
+            HtsrError: no metrics, an unknown metric, or one without a value.
+        """
+        if metrics is None:
+            raise HtsrError("Scores by a metric need metrics.", "Run htsr analyze first.")
+        if units[0].matrix is not None:
+            return linear_scores(units, self.text)
+        return layer_scores(metrics, self.text)
+
+    def record(self, metrics: Metrics | None) -> dict[str, Any]:
+        """What the allocation file says of the scores."""
+        facts: dict[str, Any] = {"metric": self.text}
+        if self.fitted and metrics is not None:
+            facts |= {"estimator": metrics.settings.estimator, "farms": metrics.settings.farms}
+        return facts
 
 
 def parse_metric(text: str) -> dict[str, float]:
@@ -18,19 +51,18 @@ def parse_metric(text: str) -> dict[str, float]:
     weight turns a metric's direction round.
 
     Raises:
-        HtsrError: an unknown metric, one named twice, or a weight that is zero or no number.
+        HtsrError: an unknown metric, one named twice, or a weight that is zero or not a number.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, number = (word.strip() for word in part.partition(":"))
-        if name not in METRICS:
-            raise HtsrError(f"There is no metric {name!r}.", f"Choose from {', '.join(METRICS)}.")
+        check_choice("metric", name, METRICS)
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = 0.0
         if name in weights or weight == 0 or not math.isfinite(weight):
-            raise HtsrError(f"--metric {text!r} is not like pl_alpha_hill:0.5,stable_rank:0.5.")
+            raise HtsrError(f"`metric` {text!r} is not like pl_alpha_hill:0.5,stable_rank:0.5.")
         weights[name] = weight
     total = sum(map(abs, weights.values()))
     return {name: weight / total for name, weight in weights.items()}
@@ -90,8 +122,7 @@ def layer_scores(metrics: Metrics, metric: str) -> list[float]:
             raise HtsrError(
                 f"{len(missing)} of {len(values)} layers have no {name}; the first is "
                 f"{missing[0].prefix}: {missing[0].reason}.",
-                "Analyze the whole checkpoint, without --include or --exclude that empties a "
-                "layer.",
+                "Analyze the whole checkpoint; do not leave out all matrices of a layer.",
             )
         columns.append(values)
     if not metrics.layers:
@@ -113,7 +144,7 @@ def linear_scores(units: Sequence[Unit], metric: str) -> list[float]:
             if value is None:
                 raise HtsrError(
                     f"{unit.name} has no {name}: {unit.matrix and unit.matrix.reason}.",
-                    "Allocate by layers, or leave it out with --target.",
+                    "Allocate by layers, or name the other linears as `targets`.",
                 )
         columns.append(values)
     return _positive(columns, weights, [unit.name for unit in units])

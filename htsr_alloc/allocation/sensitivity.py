@@ -1,8 +1,8 @@
-"""How far an allocation hangs on its estimator, on beta and on single matrices. Needs numpy."""
+"""Sensitivity: how an allocation changes with estimator, beta and matrices. Needs numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from htsr_alloc.allocation.decide import allocate
-from htsr_alloc.allocation.scores import parse_metric
+from htsr_alloc.allocation.request import Request
+from htsr_alloc.allocation.scores import Metric, parse_metric
+from htsr_alloc.allocation.strategies import AlphaLora
 from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import METRICS, Allocation, Metrics
@@ -57,8 +59,8 @@ class Sensitivity:
     layers: tuple[LayerSensitivity, ...]
 
 
-def measure(
-    metrics: Metrics, path: Path, request: Mapping[str, Any], *, draws: int = 200, seed: int = 0
+def sensitivity_of(
+    metrics: Metrics, path: Path, request: Request, *, draws: int = 200, seed: int = 0
 ) -> Sensitivity:
     """Allocate again and again, one thing changed each time.
 
@@ -70,43 +72,42 @@ def measure(
 
     Args:
         path: the metrics file.
-        request: keyword arguments of ``allocate``.
+        request: what ``allocate`` is asked for, by layers and by a metric.
         draws: at least 1.
         seed: of the bootstrap.
 
     Raises:
         HtsrError: a request that has no scores by layers, or spectra that are not there.
     """
-    if request.get("strategy", "alphalora") != "alphalora" or request.get("scores") is not None:
-        raise HtsrError("--sensitivity is about scores that the metrics hold.")
-    if request.get("per_module"):
+    scores = request.scores
+    if not isinstance(scores, Metric):
+        raise HtsrError("`sensitivity` is about scores that the metrics hold.")
+    if request.pool is not None:
         raise HtsrError(
-            "--sensitivity draws the matrices of a layer, and --per-module has one each.",
+            "`sensitivity` draws the matrices of a layer, and `per_module` has one each.",
             "Leave one of them out.",
         )
     if draws < 1:
-        raise HtsrError(f"--draws must be at least 1, not {draws}.")
-    own = allocate(metrics, **request)
-    assert own.strategy is not None
-    assert own.strategy.beta is not None
-    weights = parse_metric(request.get("metric", "pl_alpha_hill"))
+        raise HtsrError(f"`draws` must be at least 1, not {draws}.")
+    own = allocate(metrics, request)
     causes: dict[str, Any] = {}
     counts: dict[str, list[tuple[int, ...]]] = {}
 
     def add(cause: str, labels: Any, made: Iterator[Allocation]) -> None:
         causes[cause], counts[cause] = labels, [result.experts for result in made]
 
-    if set(weights) != {"stable_rank"}:
+    if scores.fitted:
         others = [name for name in ESTIMATORS if name != metrics.settings.estimator]
         with open_spectra(metrics, path) as spectra:
             bins = metrics.settings.bins
             refits = [refitted(metrics, spectra, name, bins) for name in others]
-        add("estimator", others, (allocate(refit, **request) for refit in refits))
-    betas = [own.strategy.beta + step for step in BETA_STEPS]
-    varied = {**request, "spread": None}
-    add("beta", betas, (allocate(metrics, **{**varied, "beta": beta}) for beta in betas))
-    draw = _bootstrap(metrics, list(weights), np.random.default_rng(seed))
-    add("matrices", draws, (allocate(draw(), **request) for _ in range(draws)))
+        add("estimator", others, (allocate(refit, request) for refit in refits))
+    beta = own.strategy.beta if own.strategy is not None else None
+    if isinstance(request.strategy, AlphaLora) and beta is not None:
+        varied = [replace(request, strategy=AlphaLora(beta + step)) for step in BETA_STEPS]
+        add("beta", [beta + step for step in BETA_STEPS], (allocate(metrics, r) for r in varied))
+    draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
+    add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))
     ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}
     layers = []
     for row in own.evidence:

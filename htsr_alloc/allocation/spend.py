@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from htsr_alloc.allocation.costs import Cost
-from htsr_alloc.allocation.repair import Bounds
+from htsr_alloc.allocation.rounding import Bounds
+from htsr_alloc.allocation.units import ExpertCost
 from htsr_alloc.errors import HtsrError
 
 HALVINGS = 200  # of an interval of floats: until nothing is between its ends
@@ -14,7 +14,7 @@ LARGEST = 1e300
 
 
 def spend(
-    weights: Sequence[float], costs: Sequence[Cost], params: int, bounds: Bounds
+    weights: Sequence[float], costs: Sequence[ExpertCost], params: int, bounds: Bounds
 ) -> tuple[list[float], list[int]]:
     """Counts in proportion to ``weights`` for ``params`` parameters.
 
@@ -41,14 +41,14 @@ def spend(
         raise HtsrError(
             f"{params:,} parameters cannot give every count at least {bounds.low}, which takes "
             f"{least:,}.",
-            f"Use --params {max(least, 1)} or more, or a smaller --min or --r.",
+            f"Use `params` {max(least, 1)} or more, or a smaller `low` or `r`.",
         )
     if bounds.high is not None:
         most = sum(cost.of(bounds.high) for cost in costs)
         if params > most:
             raise HtsrError(
                 f"{params:,} parameters are more than {bounds.high} experts everywhere, {most:,}.",
-                f"Use --params {most} or less, or a larger --max.",
+                f"Use `params` {most} or less, or a larger `high`.",
             )
     quota = _quotas(weights, costs, params, bounds)
     floors = [math.floor(q) for q in quota]
@@ -63,7 +63,7 @@ def spend(
 
 
 def _quotas(
-    weights: Sequence[float], costs: Sequence[Cost], params: int, bounds: Bounds
+    weights: Sequence[float], costs: Sequence[ExpertCost], params: int, bounds: Bounds
 ) -> list[float]:
     """Quotas that cost ``params`` at most, and no less than rounding errors allow."""
     high = math.inf if bounds.high is None else bounds.high

@@ -1,14 +1,45 @@
-"""What gets a count: every layer, or every linear of the targeted roles."""
+"""What gets a count (every layer, or every targeted linear), and what an expert on it costs."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from htsr_alloc.allocation.costs import Cost, cost_of, refuse_slices
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Matrix, Metrics
+from htsr_alloc.records import Matrix, Metrics, Model
+
+# Classes whose linears are stored transposed, (d_in, d_out): transformers' Conv1D.
+CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
+
+# Which linears share a budget: those with the same key.
+POOLS: dict[str, Callable[[Matrix], str]] = {
+    "role": lambda matrix: matrix.role,
+    "all": lambda matrix: "",
+}
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """Trainable parameters of N experts: N lora, and N router where there is a choice (N > 1).
+
+    ``lora`` is r (d_in + d_out) and ``router`` d_in of a linear; of several linears with N
+    experts each, the sums.
+    """
+
+    lora: int
+    router: int
+
+    def of(self, experts: int) -> int:
+        """Parameters of a whole number of experts."""
+        return experts * (self.lora + (self.router if experts > 1 else 0))
+
+    def at(self, experts: float) -> float:
+        """The same, and straight lines between whole numbers."""
+        below = math.floor(experts)
+        step = self.of(below + 1) - self.of(below)
+        return self.of(below) + (experts - below) * step
 
 
 @dataclass(frozen=True)
@@ -23,7 +54,7 @@ class Unit:
     layer: int
     name: str
     matrix: Matrix | None = None
-    cost: Cost | None = None
+    cost: ExpertCost | None = None
     score: float | None = None
 
 
@@ -45,7 +76,7 @@ def costed_layers(metrics: Metrics, targets: Sequence[str], r: int) -> list[Unit
         own = [matrix for matrix in chosen if matrix.layer == layer.layer]
         if not own:
             raise HtsrError(
-                f"{layer.prefix} has no linear to adapt.", "Name other linears with --target."
+                f"{layer.prefix} has no linear to adapt.", "Name other linears as `targets`."
             )
         units.append(Unit(layer.layer, layer.prefix, cost=cost_of(own, r, metrics.model)))
     return units
@@ -68,12 +99,38 @@ def linear_units(metrics: Metrics, targets: Sequence[str], r: int | None) -> lis
     return units
 
 
-def groups_of(units: Sequence[Unit], pool: str) -> list[list[int]]:
-    """Indices of the units that share among themselves: one role's linears, or all units."""
-    groups: dict[str | None, list[int]] = {}
+def cost_of(matrices: Iterable[Matrix], r: int, model: Model) -> ExpertCost:
+    """The cost of one expert of rank ``r`` on each of these linears.
+
+    Raises:
+        HtsrError: a slice of a 3-d tensor, which no adapter of linears can reach.
+    """
+    lora = router = 0
+    transposed = (model.architecture or "").startswith(CONV1D)
+    for matrix in matrices:
+        refuse_slices(matrix)
+        d_in = matrix.shape[0] if transposed else matrix.shape[1]
+        lora += r * sum(matrix.shape)
+        router += d_in
+    return ExpertCost(lora, router)
+
+
+def refuse_slices(matrix: Matrix) -> None:
+    """Raise HtsrError on a slice of a 3-d tensor, which is not a linear of its own."""
+    if matrix.tensor.endswith("]"):
+        raise HtsrError(
+            f"{matrix.tensor} is one of several experts in one tensor, not a linear that can be "
+            "adapted by itself.",
+            "Name the linears to adapt as `targets`: q_proj, v_proj, ...",
+        )
+
+
+def groups_of(units: Sequence[Unit], pool: str | None) -> list[list[int]]:
+    """Indices of the units that share a budget: by ``POOLS[pool]``, or all layers."""
+    groups: dict[str, list[int]] = {}
     for i, unit in enumerate(units):
-        role = unit.matrix.role if unit.matrix is not None and pool == "role" else None
-        groups.setdefault(role, []).append(i)
+        key = POOLS[pool](unit.matrix) if pool is not None and unit.matrix is not None else ""
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 

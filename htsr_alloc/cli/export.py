@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from htsr_alloc.allocation.exports import Lora
+from htsr_alloc.allocation.exports import EXPORTS, Lora
 from htsr_alloc.cli.choices import EXPORT
 from htsr_alloc.cli.opening import Hub, layer_map_of
 from htsr_alloc.cli.options import LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
@@ -22,9 +21,9 @@ def export(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
     to: Annotated[str, "Format to write.", EXPORT],
     model: Annotated[
-        Optional[str], "Checkpoint against whose module names the patterns are checked."
+        str | None, "Checkpoint against whose module names the patterns are checked."
     ] = None,
-    target: Target = None,
+    target_modules: Target = None,
     r: LoraR = Lora.r,
     lora_alpha: Annotated[int, "LoRA's alpha: the scale of an expert is alpha / r."] = (
         Lora.lora_alpha
@@ -43,27 +42,11 @@ def export(
         htsr export smollm2.allocation.json --to csv
     """
     from htsr_alloc import files, records
-    from htsr_alloc.allocation import exports as exporting
 
-    screen = Screen(quiet=quiet)
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
-    lora = exporting.Lora(r, lora_alpha, lora_dropout, tuple(target or ()))
-    if to == "mola":
-        text = exporting.to_mola(loaded, lora)
-    elif to == "peft-rank":
-        modules = None
-        if model is not None:
-            modules = modules_of(hub.open(model))
-        text = exporting.to_peft_rank(loaded, lora, modules)
-    elif to == "axolotl":
-        text = exporting.to_axolotl(loaded, lora)
-    elif to == "csv":
-        text = exporting.to_csv(loaded)
-    else:
-        raise HtsrError(
-            f"There is no export {to!r}.", f"Choose from {', '.join(exporting.EXPORTS)}."
-        )
-    screen.save(text, output)
+    lora = Lora(r, lora_alpha, lora_dropout, tuple(target_modules or ()))
+    modules = modules_of(hub.open(model)) if model is not None else None
+    Screen(quiet=quiet).save(EXPORTS[to](loaded, lora, modules), output)
 
 
 def modules_of(checkpoint: Checkpoint) -> dict[str, list[str]]:

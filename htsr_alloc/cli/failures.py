@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import typer
@@ -59,7 +59,7 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
         except BaseException as error:
             if os.environ.get("HTSR_DEBUG") == "1":
                 sys.stderr.write(redacted(traceback.format_exc(), token))
-            raise _ending(error) from None
+            raise _ending(error, inspect.signature(function).parameters) from None
 
     return run
 
@@ -71,8 +71,12 @@ def say_stopped() -> int:
     return 128 + number
 
 
-def _ending(error: BaseException) -> BaseException:
-    """Say it in a sentence: the exit that follows. An unknown error stays what it is."""
+def _ending(error: BaseException, parameters: Collection[str]) -> BaseException:
+    """Say it in a sentence, with the command's options for the names of arguments.
+
+    Returns:
+        The exit that follows; an unknown error stays what it is.
+    """
     screen = Screen()
     # An import that a signal cuts short may turn it into an error of its own.
     if isinstance(error, KeyboardInterrupt) or _received:
@@ -80,18 +84,6 @@ def _ending(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):
-        screen.error(in_options(error))
+        screen.error(error.renamed(lambda name: flags(name)[0] if name in parameters else name))
         return typer.Exit(2 if isinstance(error, UnknownName) else 1)
     return error
-
-
-def in_options(error: HtsrError) -> HtsrError:
-    """The error in the command line's words: ``top_k must be ...`` as ``--top-k must be ...``."""
-    field = getattr(error, "field", None)
-    if field is None:
-        return error
-
-    def said(text: str) -> str:
-        return re.sub(rf"\b{re.escape(field)}\b", flags(field)[0], text)
-
-    return HtsrError(said(error.message), error.hint and said(error.hint))

@@ -16,7 +16,6 @@ from htsr_alloc.cli.choices import Choice, filled
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
     "as_json": ["--json"],
-    "budget": ["--T"],
     "high": ["--max"],
     "keep_shards": ["--keep-shards/--drop-shards"],
     "low": ["--min"],
@@ -49,7 +48,7 @@ LoraR = Annotated[int, "Rank r of one expert. Under torchrun write --lora-r."]
 LoraAlpha = Annotated[float, "LoRA's alpha: the scale of an expert is alpha / r."]
 LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
-    Optional[list[str]], "Name of the linear modules to adapt, such as q_proj; repeatable."
+    list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
 ]
 Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
 Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]

@@ -1,7 +1,7 @@
 """The two JSON files, metrics (facts) and allocation (decisions), as frozen dataclasses.
 
-Standard library only, so that a trainer can read an allocation without torch or numpy.
-The same rules stand as JSON Schema in ``schemas/``.
+No torch and no numpy, so that a trainer can read an allocation without them. The dataclasses are
+the source: msgspec reads a file into them, and the JSON Schemas in ``schemas/`` are made from them.
 
 A version stays as long as a reader of that version cannot misread a file. Within it, keys may be
 added that are left out at their default; a reader that does not know such a key refuses the file.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from htsr_alloc.records.facts import (
     ADDED,
+    Count,
     Farms,
     File,
     Model,
@@ -54,11 +58,11 @@ class Evidence:
     null (a strategy that uses none).
     """
 
-    layer: int
+    layer: Count
     prefix: str | None
     score: float | None
     quota: float | None
-    experts: int
+    experts: Count
     reason: str | None = None
 
 
@@ -66,13 +70,13 @@ class Evidence:
 class Module:
     """One linear with a count of its own. ``name`` is the checkpoint's, without ``.weight``."""
 
-    layer: int
+    layer: Count
     name: str
     role: str
     score: float
     quota: float
-    experts: int
-    top_k: int
+    experts: Count
+    top_k: Count
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,20 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Allocation:
-    """allocation.json. A trainer needs only ``experts`` and ``top_k``, one entry a layer.
+    """Decisions: how many experts each layer gets. A trainer needs only ``experts`` and ``top_k``.
 
-    Where ``modules`` is not empty it says more: each linear's own count, and that no other linear
-    is adapted. ``experts`` are then the layers' means, rounded.
+    Both have one entry a layer. ``experts`` sum to ``budget``; ``top_k`` is at most the layer's
+    experts, and 0 only where there are none. Where ``modules`` is not empty it says more: each
+    linear's own count, and that no other linear is adapted. ``experts`` are then the layers'
+    means, rounded.
     """
 
-    format: str
-    version: int
+    format: Literal["htsr.allocation"]
+    version: Literal[1]
     budget: int
-    experts: tuple[int, ...]
-    top_k: tuple[int, ...]
-    unit: str = "experts_per_layer"
+    experts: Annotated[tuple[Count, ...], Meta(min_length=1)]
+    top_k: tuple[Count, ...]
+    unit: Literal["experts_per_layer"] = "experts_per_layer"
     tool: Tool | None = None
     model: Model | None = None
     metrics: File | None = None
@@ -111,9 +117,9 @@ class Allocation:
     modules: tuple[Module, ...] = field(default=(), metadata=ADDED)
     parameters: Parameters | None = field(default=None, metadata=ADDED)
 
-    FORMAT: typing.ClassVar[str] = "htsr.allocation"
+    FORMAT: typing.ClassVar[Literal["htsr.allocation"]] = "htsr.allocation"
     HINT: typing.ClassVar[str] = "htsr allocate writes such files."
-    VERSION: typing.ClassVar[int] = 1
+    VERSION: typing.ClassVar[Literal[1]] = 1
 
     def to_pandas(self, table: str = "layers") -> DataFrame:
         """The layers, or the ``modules`` that have counts of their own, as a pandas table.
@@ -131,18 +137,12 @@ class Allocation:
 
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
-        if not self.experts:
-            raise ValueError("experts: must list at least one layer")
         if sum(self.experts) != self.budget:
             raise ValueError(f"experts: sum to {sum(self.experts)}, not to budget {self.budget}")
-        if min(self.experts) < 0:
-            raise ValueError("experts: a negative count")
         if len(self.top_k) != len(self.experts):
             raise ValueError(f"top_k: {len(self.top_k)} entries for {len(self.experts)} layers")
         for i, (k, n) in enumerate(zip(self.top_k, self.experts, strict=True)):
             _check_top_k(k, n, f"top_k[{i}]")
-        if self.unit != "experts_per_layer":
-            raise ValueError(f"unit: unknown unit {self.unit!r}")
         if self.evidence:
             if tuple(row.experts for row in self.evidence) != self.experts:
                 raise ValueError("evidence: its experts differ from experts")
@@ -161,10 +161,8 @@ class Allocation:
     def _check_modules(self) -> None:
         counts: list[list[int]] = [[] for _ in self.experts]
         for i, module in enumerate(self.modules):
-            if not 0 <= module.layer < len(counts):
+            if module.layer >= len(counts):
                 raise ValueError(f"modules[{i}].layer: {module.layer} is not among the layers")
-            if module.experts < 0:
-                raise ValueError(f"modules[{i}].experts: a negative count")
             _check_top_k(module.top_k, module.experts, f"modules[{i}].top_k")
             counts[module.layer].append(module.experts)
         if len({module.name for module in self.modules}) != len(self.modules):

@@ -7,6 +7,9 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records.frames import frame
@@ -19,6 +22,8 @@ METRICS = ("pl_alpha_hill", "alpha_hat", "stable_rank")
 
 # What a matrix's status can be: a number that stands, one to read with care, none at all.
 OK, MARKED, FAILED = "ok", "marked", "failed"
+
+Count = Annotated[int, Meta(ge=0)]
 
 # Metadata of a field that was added within a version: it is written only where it is not at its
 # default, so that a file that does without it reads as before.
@@ -62,9 +67,9 @@ class Farms:
     """FARMS sub-sampling (arXiv 2506.06280): ``windows`` x ``windows`` evenly spaced
     sub-matrices of ``rows`` x ``rows * ratio``."""
 
-    rows: int = 100
-    ratio: float = 2.0
-    windows: int = 10
+    rows: Annotated[int, Meta(ge=1)] = 100
+    ratio: Annotated[float, Meta(gt=0)] = 2.0
+    windows: Annotated[int, Meta(ge=1)] = 10
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.windows < 1 or not 0 < self.ratio < math.inf:
@@ -88,7 +93,7 @@ class Settings:
 class File:
     """A neighbouring file: a bare name (never a path) and the SHA-256 of its bytes."""
 
-    file: str
+    file: Annotated[str, Meta(extra_json_schema={"pattern": r"^[^/\\:\u0000]+$"})]
     sha256: str
 
 
@@ -103,13 +108,13 @@ class Matrix:
     """
 
     tensor: str
-    layer: int
+    layer: Count
     role: str
-    expert: int | None
-    shape: tuple[int, int]
+    expert: Count | None
+    shape: tuple[Count, Count]
     dtype: str
-    n_eigs: int
-    n_zero: int
+    n_eigs: Count
+    n_zero: Count
     lambda_min: float | None
     lambda_max: float | None
     pl_alpha_hill: float | None
@@ -120,18 +125,31 @@ class Matrix:
     ks_distance: float | None
     peak_gap: int | None
     engine: str
-    status: str
+    status: Annotated[str, Meta(extra_json_schema={"enum": [OK, MARKED, FAILED]})]
     reason: str | None
+
+
+# The rules of Metrics.check on one matrix, as JSON Schema says them.
+RULES = [
+    {
+        "if": {"properties": {"status": {"enum": [MARKED, FAILED]}}},
+        "then": {"properties": {"reason": {"type": "string", "minLength": 1}}},
+    },
+    {
+        "if": {"properties": {"status": {"enum": [OK, MARKED]}}},
+        "then": {"properties": {"pl_alpha_hill": {"type": "number"}}},
+    },
+]
 
 
 @dataclass(frozen=True)
 class Layer:
     """Plain means over the layer's fitted matrices (``matrices`` in all, ``unfitted`` not)."""
 
-    layer: int
+    layer: Count
     prefix: str
-    matrices: int
-    unfitted: int
+    matrices: Count
+    unfitted: Count
     pl_alpha_hill: float | None
     alpha_hat: float | None
     stable_rank: float | None
@@ -148,21 +166,24 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json. ``spectra`` is null when they were not kept."""
+    """Facts: what htsr analyze found, matrix by matrix and layer by layer.
 
-    format: str
-    version: int
+    ``spectra`` is null when they were not kept.
+    """
+
+    format: Literal["htsr.metrics"]
+    version: Literal[1]
     tool: Tool
     model: Model
     settings: Settings
     spectra: File | None
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[Annotated[Matrix, Meta(extra_json_schema={"allOf": RULES})], ...]
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
 
-    FORMAT: typing.ClassVar[str] = "htsr.metrics"
+    FORMAT: typing.ClassVar[Literal["htsr.metrics"]] = "htsr.metrics"
     HINT: typing.ClassVar[str] = "htsr analyze writes such files."
-    VERSION: typing.ClassVar[int] = 1
+    VERSION: typing.ClassVar[Literal[1]] = 1
 
     def to_pandas(self, table: str = "layers") -> DataFrame:
         """The layers, the ``matrices`` or the ``skipped`` tensors as a pandas table.
@@ -180,7 +201,7 @@ class Metrics:
         if len({matrix.tensor for matrix in self.matrices}) != len(self.matrices):
             raise ValueError("matrices: a tensor is listed twice")
         for i, matrix in enumerate(self.matrices):
-            if not 0 <= matrix.layer < len(self.layers):
+            if matrix.layer >= len(self.layers):
                 raise ValueError(f"matrices[{i}].layer: {matrix.layer} is not among the layers")
             if matrix.status not in (OK, MARKED, FAILED):
                 raise ValueError(f"matrices[{i}].status: unknown status {matrix.status!r}")

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import parse_json
-from htsr_alloc.records import decoding
+from htsr_alloc.records.convert import convert
 from htsr_alloc.records.decisions import Allocation
 from htsr_alloc.records.facts import Metrics
+from htsr_alloc.records.text import printable
 
-Record = TypeVar("Record", Metrics, Allocation)
+Record = TypeVar("Record", bound=Metrics | Allocation)
 
 
 def dumps(record: Metrics | Allocation) -> str:
@@ -21,8 +22,9 @@ def dumps(record: Metrics | Allocation) -> str:
     Raises:
         ValueError: a number is NaN or infinite, or the record breaks its own rules.
     """
-    record.check()
-    return json.dumps(as_json(record), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(as_json(record), indent=1, allow_nan=False) + "\n"
+    _read(type(record), parse_json(text))
+    return text
 
 
 def as_json(value: Any) -> Any:
@@ -54,20 +56,15 @@ def loads(kind: type[Record], text: str | bytes, source: str) -> Record:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        data = parse_json(text)
-        _check_header(kind, data)
-        record = decoding.decode(kind, data)
-        record.check()
+        return _read(kind, parse_json(text))
     except RecursionError:
         raise HtsrError(f"{source} is nested too deeply to be {kind.FORMAT}.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise HtsrError(
-            f"{source} is not a valid {kind.FORMAT} file: {error}.", kind.HINT
-        ) from None
-    return record
+        said = printable(error)
+        raise HtsrError(f"{source} is not a valid {kind.FORMAT} file: {said}.", kind.HINT) from None
 
 
-def _check_header(kind: type[Metrics] | type[Allocation], data: Any) -> None:
+def _read(kind: type[Record], data: Any) -> Record:
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError('no "format" key')
     if data["format"] != kind.FORMAT:
@@ -79,3 +76,6 @@ def _check_header(kind: type[Metrics] | type[Allocation], data: Any) -> None:
         )
     if version != kind.VERSION or isinstance(version, bool):
         raise ValueError(f"version: expected {kind.VERSION}, found {version!r}")
+    record = convert(kind, data)
+    record.check()
+    return record

@@ -290,7 +290,7 @@ def test_export_to_a_file_and_to_stdout_is_the_same_text(saved, invoke, tmp_path
 
 def test_an_unknown_export_names_the_known_ones(saved, invoke):
     done = invoke("export", saved, "--to", "deepspeed")
-    assert done.rc == 1
+    assert done.rc == 2
     assert "mola, peft-rank, axolotl, csv" in done.stderr
 
 
@@ -337,7 +337,7 @@ def test_targets_choose_among_the_listed_linears():
 
 def test_a_listed_linear_that_the_model_lacks_is_refused():
     made = by_linears([[3, 1], [1, 2]], names=("self_attn.q_proj", "mlp.w1"))
-    with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is no linear"):
+    with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is not a linear"):
         to_peft_rank(made, Lora(), modules(2))
 
 
@@ -358,3 +358,9 @@ def test_csv_has_a_row_a_linear():
     assert [(r["module"], r["role"], int(r["experts"]), int(r["top_k"])) for r in rows] == [
         (m.name, m.role, m.experts, m.top_k) for m in made.modules
     ]
+
+
+def test_a_model_is_for_exports_that_name_modules(saved, model, invoke):
+    done = invoke("export", saved, "--to", "csv", "--model", model)
+    assert done.rc == 1
+    assert "The csv export does not name modules, so that --model means nothing" in done.stderr

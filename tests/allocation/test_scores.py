@@ -131,7 +131,7 @@ def test_of_several_roles_the_widest_has_the_spread():
     [
         ({"spread": 0.5}, "at least 1, not 0.5"),
         ({"spread": math.inf}, "at least 1"),
-        ({"spread": 3, "beta": 2.5}, "cannot be given too"),
+        ({"spread": 3, "beta": 2.5}, "both cannot be given"),
     ],
 )
 def test_impossible_spreads(arguments, sentence):
@@ -178,7 +178,7 @@ def test_scores_by_layers(tmp_path, name, text):
 
 def test_scores_come_in_place_of_a_metric(tmp_path):
     scores = read_scores(written(tmp_path, "s.json", "[1, 2]"))
-    with pytest.raises(HtsrError, match="in place of --metric stable_rank"):
+    with pytest.raises(HtsrError, match="in place of metric stable_rank"):
         allocate(metrics_with([2.0, 3.0]), T=9, scores=scores, metric="stable_rank")
 
 
@@ -197,7 +197,7 @@ def test_scores_by_linears(tmp_path):
     assert found.modules == wanted.modules
     with pytest.raises(HtsrError, match="scores by linears") as caught:
         allocate(metrics, T=8, scores=scores)
-    assert "--per-module" in caught.value.hint
+    assert "per_module" in caught.value.hint
 
 
 def test_an_exported_allocation_can_be_read_back(tmp_path, invoke):
@@ -216,18 +216,18 @@ def test_an_exported_allocation_can_be_read_back(tmp_path, invoke):
         ("s.csv", "layer,score\n", "holds no scores"),
         ("s.csv", "layer,value\n0,1\n", "row 1 has no 'score'"),
         ("s.csv", "number,score\n0,1\n", "does not say whose scores"),
-        ("s.csv", "layer,score\n0,1\n0,2\n", "row 2: layer 0 stands twice"),
-        ("s.csv", "layer,score\n0,high\n", "row 1: 'high' is no finite number"),
-        ("s.csv", "layer,score\n0,nan\n", "is no finite number"),
-        ("s.csv", "layer,score\n0\n", "line 2 has not 2 columns"),
-        ("s.csv", "layer,score\n0,1,2\n", "line 2 has not 2 columns"),
-        ("s.csv", "score,score\n0,1\n", "a column stands twice"),
+        ("s.csv", "layer,score\n0,1\n0,2\n", "row 2: duplicate layer 0"),
+        ("s.csv", "layer,score\n0,high\n", "row 1: 'high' is not a finite number"),
+        ("s.csv", "layer,score\n0,nan\n", "is not a finite number"),
+        ("s.csv", "layer,score\n0\n", "line 2 does not have 2 columns"),
+        ("s.csv", "layer,score\n0,1,2\n", "line 2 does not have 2 columns"),
+        ("s.csv", "score,score\n0,1\n", "duplicate column"),
         ("s.csv", "layer,score\n0,1\n1,2\n", "has no score of layer 2"),
         ("s.csv", "layer,score\n0,1\n1,2\n2,3\n3,4\n", "scores layer 3, which the model does not"),
-        ("s.json", "{}", "it is no list"),
+        ("s.json", "{}", "it is not a list"),
         ("s.json", "[1, {}]", "mixes numbers and objects"),
         ("s.json", "[1, NaN, 2]", "NaN is not a number"),
-        ("s.json", "[1, true, 2]", "True is no finite number"),
+        ("s.json", "[1, true, 2]", "True is not a finite number"),
         ("s.json", "[", "cannot be read as scores"),
         ("s.txt", "1\n2\n", "neither .csv nor .json"),
         ("s.csv", "layer,score\n0,1\n1,-2\n2,3\n", "Layer 1 scores -2"),

@@ -11,8 +11,8 @@ import pytest
 from helpers.commands import ROOT
 from helpers.records_made import linears
 
-from htsr_alloc.allocation import allocate
-from htsr_alloc.allocation.sensitivity import measure
+from htsr_alloc.allocation import Request, allocate
+from htsr_alloc.allocation.sensitivity import sensitivity_of
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Layer, Metrics, loads
 from htsr_alloc.spectra.estimators import ESTIMATORS
@@ -26,7 +26,7 @@ def smollm2():
 def test_sensitivity_is_what_allocating_again_gives():
     metrics, path = smollm2()
     request = {"T": 160, "beta": 2.5}
-    found = measure(metrics, path, request, draws=40, seed=3)
+    found = sensitivity_of(metrics, path, Request.of(**request), draws=40, seed=3)
     own = allocate(metrics, **request)
     assert list(found.causes) == ["estimator", "beta", "matrices"]
     assert set(found.causes["estimator"]) == set(ESTIMATORS) - {"official"}
@@ -66,7 +66,7 @@ def test_refits_are_those_of_htsr_fit(tmp_path, invoke):
         (tmp_path / name).write_bytes((ROOT / "data" / name).read_bytes())
     path = tmp_path / "minilm.metrics.json"
     metrics = loads(Metrics, path.read_text(), path.name)
-    found = measure(metrics, path, {"T": 30}, draws=1)
+    found = sensitivity_of(metrics, path, Request.of(T=30), draws=1)
     counts = []
     for estimator in found.causes["estimator"]:
         assert invoke("fit", path.name, "--estimator", estimator, "-q").rc == 0
@@ -86,7 +86,7 @@ def test_equal_matrices_are_perfectly_stable_under_the_bootstrap():
         Layer(x.layer, x.prefix, 2, 0, x.pl_alpha_hill, 0.5, 2.5, None) for x in metrics.layers
     )
     metrics = dataclasses.replace(metrics, layers=layers)
-    found = measure(metrics, ROOT, {"T": 10, "metric": "stable_rank"}, draws=20)
+    found = sensitivity_of(metrics, ROOT, Request.of(T=10, metric="stable_rank"), draws=20)
     assert list(found.causes) == ["beta", "matrices"]
     assert all(row.stable and row.ranges["matrices"].same == 1 for row in found.layers)
 
@@ -101,9 +101,9 @@ def test_equal_matrices_are_perfectly_stable_under_the_bootstrap():
 def test_what_has_no_sensitivity(request_, sentence):
     metrics, path = smollm2()
     with pytest.raises(HtsrError, match=sentence):
-        measure(metrics, path, request_)
-    with pytest.raises(HtsrError, match="--draws must be at least 1"):
-        measure(metrics, path, {"T": 160}, draws=0)
+        sensitivity_of(metrics, path, Request.of(**request_))
+    with pytest.raises(HtsrError, match="draws must be at least 1"):
+        sensitivity_of(metrics, path, Request.of(T=160), draws=0)
 
 
 @pytest.fixture
@@ -135,9 +135,9 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     ("options", "said"),
     [
         (("--r", 4), "--r matters to --params"),
-        (("--column", "x"), "--column is one of --scores"),
-        (("--draws", 5), "those of --sensitivity"),
-        (("--seed", 0), "those of --sensitivity"),
+        (("--column", "x"), "--column names a column of --scores"),
+        (("--draws", 5), "belong to --sensitivity"),
+        (("--seed", 0), "belong to --sensitivity"),
         (("--sensitivity", "-o", "-"), "-o - prints the allocation"),
     ],
 )

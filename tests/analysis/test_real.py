@@ -23,15 +23,12 @@ pytestmark = pytest.mark.checkpoints
 
 
 @pytest.fixture(scope="session", params=["minilm", "smollm2", "mpnet"])
-def analysed(request, tmp_path_factory):
+def analysed(request, tmp_path_factory, checkpoint):
     """(name, checkpoint, metrics, spectra, run files) of one analysis, official estimator."""
-    folder = ROOT / ".cache" / "checkpoints" / request.param
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: python data/checkpoints.py {request.param}")
-    checkpoint = open_checkpoint(folder)
+    opened = open_checkpoint(checkpoint(request.param))
     files = RunFiles(tmp_path_factory.mktemp("real") / f"{request.param}.metrics.json")
-    metrics = analyze(checkpoint, Settings("official"), files)
-    return request.param, checkpoint, metrics, load_file(files.spectra), files
+    metrics = analyze(opened, Settings("official"), files)
+    return request.param, opened, metrics, load_file(files.spectra), files
 
 
 @cache

@@ -190,8 +190,8 @@ def test_several_models_are_one_line_each_by_depth():
 
 
 def test_published_values(golden):
-    values = np.load(golden / "llama2-7b.alpha_peak.npy").reshape(32, 7)
-    expected = json.loads((golden / "expected.json").read_text())["llama2-7b"]["layer_mean"]
+    published = golden("llama2-7b")
+    values, expected = np.array(published["pl_alpha_hill"]), published["layer_mean"]
     found = lines(plots.plot(made_metrics(values), view="layers").axes[0])
     np.testing.assert_allclose(found["mean"].get_ydata(), expected, atol=1e-8)
     np.testing.assert_array_equal(found["q_proj"].get_ydata(), values[:, 0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import signal
@@ -23,7 +24,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, dumps, loads
 from htsr_alloc.training.study import summary
 from htsr_alloc.training.study.budget import fitted
-from htsr_alloc.training.study.plan import RowSpec, cells, fingerprint, read_study
+from htsr_alloc.training.study.plan import RowSpec, cells, check_rows, fingerprint, read_study
 from htsr_alloc.training.study.store import Store
 
 ROWS = [
@@ -150,19 +151,125 @@ def test_a_fingerprint_follows_the_data_and_not_the_name(plan):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"budget": 3}, "unknown key 'budget' in study"),
-        ({"rows": [{"name": "a", "sytem": "lora"}]}, "unknown key 'sytem' in rowspec"),
-        ({"tasks": {"a": {"train": "t.jsonl"}}}, "has a task without 'test'"),
+        ({"budget": 3}, "study.yaml: unknown key 'budget'."),
+        ({"rows": [{"name": "a", "sytem": "lora"}]}, "rows[0]: unknown key 'sytem'"),
+        ({"tasks": {"a": {"train": "t.jsonl"}}}, "tasks.a: missing key 'test'"),
+        ({"tasks": {"a": {"train": "t.jsonl", "test": 3}}}, "tasks.a.test: expected str, got int"),
+        ({"seeds": 3}, "seeds: expected array, got int"),
+        ({"seeds": []}, "seeds: expected array of length >= 1"),
+        ({"seeds": [1, True]}, "seeds[1]: expected int, got bool"),
+        ({"rows": None}, "rows: expected array, got null"),
+        ({"rows": [*ROWS, {"name": "a", "beta": "2"}]}, "rows[4].beta: expected int | float, got"),
+        ({"rows": [*ROWS, {"name": "a", "groups": 13}]}, "rows[4].groups: expected str | null"),
+        ({"recipe": {"steps": "3"}}, "recipe.steps: expected int | null, got str"),
+        ({"recipe": {"steps": 0}}, "recipe: steps must be at least 1"),
+        ({"experts": 0}, "experts: expected int >= 1"),
+        ({3: 4}, "expected keys of type str"),
         ({"rows": [*ROWS, ROWS[1]]}, "two rows called 'uniform'"),
         ({"baseline": "none"}, "has no row 'none', its baseline"),
-        ({"tasks": {}}, "no tasks"),
-        ({"recipe": [1]}, "recipe is no mapping"),
+        ({"tasks": {}}, "tasks: expected object of length >= 1"),
+        ({"recipe": [1]}, "recipe: expected object, got array"),
     ],
 )
 def test_a_wrong_plan_is_one_sentence(changes, said, tmp_path):
     with pytest.raises(HtsrError) as caught:
         read_study(saved(tmp_path, {**PLAN, **changes}))
     assert said in caught.value.message
+
+
+BOMB = ["a0: &a0 {x: 1}\n"]  # 9 to the power of 30 keys
+BOMB += [f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 9}]}}\n" for i in range(1, 31)]
+LISTS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "study.yaml: expected object, got null"),
+        ("a: [1", "study.yaml, line 1: expected ',' or ']'"),
+        ("seeds: [1]\nseeds: [2]", "line 2: duplicate key 'seeds'"),
+        ("r: .nan", "line 1: .nan is not a finite number"),
+        ("r: 1e999", "line 1: 1e999 is not a finite number"),
+        ("model: !!python/name:os.system", "line 1: could not determine a constructor"),
+        ("a: 2020-99-99", "is not YAML: month must be in 1..12"),
+        ("a: !!int ''", "is not YAML"),
+        ("[a]: 1", "found unhashable key"),
+        ("{" * 5000, "nested too deeply"),
+        ("\0", "is not YAML"),
+        ("".join(BOMB), "line 2: the merge key << is not allowed"),
+        (LISTS + "seeds: *a29", "unknown key 'a0'"),
+        (LISTS.replace("a0: &a0", "seeds: &a0") + "rows: *a29", "seeds[0]: expected int, got str"),
+        ("seeds: &a [*a]", "seeds[0]: expected int, got array"),
+        (" " * (1 << 20) + "\n", "is larger than the 1 MiB"),
+    ],
+    ids=range(16),
+)
+def test_what_is_not_a_plan_is_one_sentence(text, said, tmp_path):
+    (tmp_path / "study.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(HtsrError) as caught:
+        read_study(tmp_path / "study.yaml")
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+    assert time.monotonic() - began < 20
+
+
+def test_a_number_is_read_as_it_is_written(tmp_path):
+    path = saved(tmp_path, {**PLAN, "recipe": {}, "rows": [{"name": "uniform", "beta": 2}]})
+    text = path.read_text()
+    assert "recipe: {}" in text
+    for written in ("3e-4", "0.3e-3", "+3.E-04", "3.0e-4", "0.0003"):
+        path.write_text(text.replace("recipe: {}", f"recipe: {{learning_rate: {written}}}"))
+        assert read_study(path).recipe.learning_rate == 3e-4
+    path.write_text(text.replace("recipe: {}", "recipe: {epochs: 2}"))
+    study = read_study(path)  # JSON in a fingerprint has 2 and 2.0 apart
+    assert [type(n) for n in (study.recipe.epochs, study.rows[0].beta)] == [int, int]
+
+
+# One hash over the 120 fingerprints of data/study/smollm2.yaml, as version 0.1.0 makes them where
+# each of the files beside it that git does not have (.cache/) holds its own name.
+FINGERPRINTS = "b7b2e525fec94c2ee00a406490ec9c68296212064217abd3f3605e01e7655301"
+
+
+def test_the_published_study_keeps_its_fingerprints(tmp_path):
+    (tmp_path / "data" / "study").mkdir(parents=True)
+    for name in ("study/smollm2.yaml", "smollm2.metrics.json", "smollm2.paper.metrics.json"):
+        (tmp_path / "data" / name).write_bytes((ROOT / "data" / name).read_bytes())
+    tasks = ("sarcasm", "reviews", "quartz", "chain_sum")
+    parts = [f"tasks/{task}/{part}.jsonl" for task in tasks for part in ("train", "valid", "test")]
+    for name in ("smollm2-gguf/config.json", *parts):
+        path = tmp_path / ".cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    study = read_study(tmp_path / "data" / "study" / "smollm2.yaml")
+    planned = cells(study)
+    found = "".join(fingerprint(study, cell) for cell in planned)
+    assert hashlib.sha256(found.encode()).hexdigest() == FINGERPRINTS
+    done = Store(ROOT / "data" / "study" / "smollm2.jsonl").read()
+    assert sorted(done) == sorted(cell.key for cell in planned)
+    check_rows(study)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"system": "lorra"}, "The row a: there is no system 'lorra'"),
+        ({"strategy": "explicit"}, "The row a: "),
+        ({"strategy": "mola"}, "The row a: "),
+        ({"strategy": "mola", "groups": "1x"}, "The row a: "),
+        ({"strategy": "none"}, "The row a: There is no strategy 'none'"),
+        ({"strategy": "alphalora", "metric": "alpha"}, "The row a: "),
+        ({"strategy": "alphalora", "repair": "x"}, "The row a: "),
+        ({"metrics": "none.json"}, "The row a: Cannot read"),
+    ],
+)
+def test_a_row_that_cannot_run_is_refused_before_the_first_cell(row, said, plan, invoke):
+    saved(plan.parent, {**PLAN, "rows": [*ROWS, {"name": "a", **row}]})
+    done = invoke("study", plan.name, "--device", "cpu")
+    assert done.rc == 1
+    assert said in done.stderr
+    assert " left)" not in done.stderr
+    assert not (plan.parent / "results.jsonl").exists()
 
 
 def test_a_torn_or_foreign_line_is_named(tmp_path):

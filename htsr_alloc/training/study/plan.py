@@ -8,31 +8,39 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from htsr_alloc import files
-from htsr_alloc.allocation import Bounds, allocate, parse_groups
+from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.config import SYSTEMS
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
+from htsr_alloc.records.convert import convert
+from htsr_alloc.records.text import printable
 from htsr_alloc.training.identity import content_of
+from htsr_alloc.training.models import LORA
 from htsr_alloc.training.recipe import Recipe
 
-T = TypeVar("T")
 UNTRAINED = "none"  # the system of a row that only evaluates the model
+Positive = Annotated[int, Meta(ge=1)]
+Number = int | float  # as the file has it: a fingerprint tells 2 from 2.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """JSON lines to train on and to test on; ``valid`` is for EM-LoRA's activations.
+    """JSON lines to train on and to test on.
 
-    ``steps`` is None where the study's recipe says how many.
+    ``valid`` is for systems that also learn from validation rows. Only the first ``test_rows``
+    are tested. ``steps`` is None where the study's recipe gives them.
     """
 
     train: Path
     test: Path
     valid: Path | None = None
-    test_rows: int | None = None  # the first so many
-    steps: int | None = None
+    test_rows: Positive | None = None
+    steps: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,11 @@ class RowSpec:
     strategy: str = "uniform"
     metrics: Path | None = None
     metric: str = "pl_alpha_hill"
-    beta: float = 2.5
+    beta: Number = 2.5
     repair: str = "remainder"
     groups: str | None = None
-    experts: int | None = None
-    learning_rate: float | None = None
+    experts: Positive | None = None
+    learning_rate: Annotated[float, Meta(gt=0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,31 +72,31 @@ class Study:
     model: Path
     metrics: Path
     results: Path
-    tasks: Mapping[str, Task]
-    rows: tuple[RowSpec, ...]
-    seeds: tuple[int, ...] = (1, 2, 3)
+    tasks: Annotated[Mapping[str, Task], Meta(min_length=1)]
+    rows: Annotated[tuple[RowSpec, ...], Meta(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (1, 2, 3)
     baseline: str = "uniform"
-    experts: int = 160
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    max_length: int = 512
+    experts: Positive = 160
+    r: Positive = 8
+    lora_alpha: Number = 16
+    lora_dropout: Number = 0.05
+    max_length: Positive = 512
     dtype: str = "auto"
-    eval_batch_size: int = 32
+    eval_batch_size: Positive = 32
     recipe: Recipe = field(default_factory=Recipe)
 
     def allocation(self, row: RowSpec, budget: int) -> Allocation:
         """A row's experts per layer for a budget T."""
         path = row.metrics or self.metrics
+        groups = parse_groups(row.groups) if row.groups else None
+        keywords = {"beta": row.beta, "metric": row.metric, "groups": groups}
         return allocate(
             loads(Metrics, files.read_bytes(path), path.name),
             strategy=row.strategy,
-            budget=budget,
-            beta=row.beta,
-            metric=row.metric,
+            T=budget,
             repair=row.repair,
             bounds=Bounds(low=1),
-            groups=parse_groups(row.groups) if row.groups else (),
+            **{k: v for k, v in keywords.items() if k in keywords_of(row.strategy)},
         )
 
     def recipe_of(self, cell: Cell) -> Recipe:
@@ -160,37 +168,32 @@ def read_study(path: Path, baseline: str | None = None) -> Study:
         baseline: the row to compare with, where it is not to be the file's.
 
     Raises:
-        HtsrError: no YAML, an unknown or missing key, two rows of one name, no baseline row.
+        HtsrError: not YAML, an unknown or missing key, a wrong type (the sentence names the
+            place, e.g. ``rows[3].beta``), two rows of one name, no baseline row.
     """
-    import yaml
+    from htsr_alloc.training.study.strict_yaml import read_yaml
 
+    def beside(kind: type, value: Any) -> Path:
+        if not isinstance(value, str):
+            raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
+        return path.parent / value
+
+    data = read_yaml(path)
     try:
-        data = yaml.safe_load(files.read_bytes(path).decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HtsrError(f"{path.name} is not YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(data, dict):
-        raise HtsrError(f"{path.name} holds no study.", "See data/study/smollm2.yaml.")
-    here = path.parent
-    tasks = _mapping(data.pop("tasks", {}), "tasks", path)
-    rows = data.pop("rows", [])
-    recipe = _mapping(data.pop("recipe", {}), "recipe", path)
-    study = _made(
-        Study,
-        {
-            **data,
-            "tasks": {n: _made(Task, _mapping(v, n, path), path, here) for n, v in tasks.items()},
-            "rows": tuple(_made(RowSpec, _mapping(row, "rows", path), path, here) for row in rows),
-            "recipe": _made(Recipe, recipe, path, here),
-        },
-        path,
-        here,
-    )
+        if isinstance(data, dict) and isinstance(data.get("tasks"), dict):
+            for name, task in data["tasks"].items():  # here each has a name, and below none
+                convert(Task, task, f"tasks.{name}", beside)
+        study = convert(Study, data, hook=beside)
+    except ValueError as error:
+        raise HtsrError(f"{path.name}: {printable(error)}.") from None
+    except HtsrError as error:
+        raise HtsrError(f"{path.name}: recipe: {error.message}", error.hint) from None
     study = dataclasses.replace(
-        study, seeds=tuple(study.seeds), baseline=baseline or study.baseline
+        study,
+        baseline=baseline or study.baseline,
+        recipe=dataclasses.replace(study.recipe, **data.get("recipe", {})),  # 2 stays 2, not 2.0
     )
     names = [row.name for row in study.rows]
-    if not study.tasks or not names or not study.seeds:
-        raise HtsrError(f"{path.name} has no tasks, no rows or no seeds.")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise HtsrError(f"{path.name} has two rows called {twice!r}.")
@@ -199,27 +202,19 @@ def read_study(path: Path, baseline: str | None = None) -> Study:
     return study
 
 
-def _mapping(value: Any, name: str, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise HtsrError(f"{path.name}: {name} is no mapping.")
-    return dict(value)
+def check_rows(study: Study) -> None:
+    """Refuse a row that cannot run, before any other has run for hours.
 
-
-def _made(kind: type[T], data: Mapping[str, Any], path: Path, here: Path) -> T:
-    """A dataclass of a mapping; text where a Path belongs is taken from the file's folder."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name in data:
-        if name not in fields:
-            raise HtsrError(
-                f"{path.name} has an unknown key {name!r} in {kind.__name__.lower()}.",
-                f"Known are {', '.join(fields)}.",
-            )
-    for name, f in fields.items():
-        required = f.default is f.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise HtsrError(f"{path.name} has a {kind.__name__.lower()} without {name!r}.")
-    values = {
-        name: here / value if "Path" in str(fields[name].type) and value is not None else value
-        for name, value in data.items()
-    }
-    return kind(**values)
+    Raises:
+        HtsrError: an unknown system, or an allocation that cannot be made; it names the row.
+    """
+    systems = (UNTRAINED, LORA, *SYSTEMS)
+    for row in study.rows:
+        try:
+            if row.system not in systems:
+                raise HtsrError(
+                    f"there is no system {row.system!r}.", f"Choose from {', '.join(systems)}."
+                )
+            study.allocation(row, row.experts or study.experts)
+        except HtsrError as error:
+            raise HtsrError(f"The row {row.name}: {error.message}", error.hint) from None

@@ -20,7 +20,7 @@ from htsr_alloc.training.identity import weights_of
 from htsr_alloc.training.recipe import Diverged, make_trainer
 from htsr_alloc.training.rows import read_rows, share_of
 from htsr_alloc.training.study.budget import fitted
-from htsr_alloc.training.study.plan import UNTRAINED, Cell, Study, cells, fingerprint
+from htsr_alloc.training.study.plan import UNTRAINED, Cell, Study, cells, check_rows, fingerprint
 from htsr_alloc.training.study.store import Store
 from htsr_alloc.version import __version__
 
@@ -37,10 +37,11 @@ def run(study: Study, device: torch.device, say: Said, limit: int | None = None)
         How many cells this process has run.
 
     Raises:
-        HtsrError: a result made with other settings than the study's.
+        HtsrError: a result made with other settings than the study's, or a row that cannot run.
     """
     store, planned = Store(study.results), cells(study)
     check(study, store)
+    check_rows(study)
     count = 0
     for cell in planned:
         if limit is not None and count >= limit:

@@ -162,7 +162,7 @@ def t95(freedom: int) -> float:
 
 def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> str:
     """The table, and how much of the study it holds."""
-    head = "| task | row | seeds | trainable | accuracy | sd | less {} | rows | seeds | loss |"
+    head = "| task | row | seeds | trainable | accuracy | sd | Δ vs {} | rows | seeds | loss |"
     text = [head.format(study.baseline), "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     before = None
     for line in lines:
@@ -193,7 +193,7 @@ def markdown(study: Study, lines: Sequence[Line], done: Mapping[Key, Any]) -> st
         "",
         f"{finished} of {len(planned)} cells; n = {', '.join(map(str, sizes))} test rows a task. "
         "*accuracy* and *loss* (of the right answer, per token) are means over seeds and *sd* is "
-        f"the seeds' standard deviation. *less {study.baseline}* is the mean paired difference "
+        f"the seeds' standard deviation. *Δ vs {study.baseline}* is the mean paired difference "
         "over the seeds that both have, with two 95 % intervals: *rows* is over test rows, given "
         "these seeds, and *seeds* over seeds, given these rows (Student's t).",
     ]

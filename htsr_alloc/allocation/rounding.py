@@ -18,26 +18,31 @@ class Bounds:
     low: int = 1
     high: int | None = None
 
+    @property
+    def words(self) -> str:
+        """As errors name them."""
+        return f"`low` {self.low}" + ("" if self.high is None else f" and `high` {self.high}")
+
     def check(self, budget: int, layers: int) -> None:
         """Raise HtsrError when no allocation of ``budget`` can keep them."""
         self.check_sides()
         if budget < 1:
-            raise HtsrError(f"A budget of {budget} experts allocates nothing.", "Raise --T.")
+            raise HtsrError(f"A budget of {budget} experts allocates nothing.", "Raise `T`.")
         if budget < layers * self.low:
             raise HtsrError(
                 f"{budget} experts cannot give {layers} layers at least {self.low} each.",
-                f"Use --T {layers * self.low} or more, or --min {budget // layers}.",
+                f"Use `T` {layers * self.low} or more, or `low` {budget // layers}.",
             )
         if self.high is not None and budget > layers * self.high:
             raise HtsrError(
                 f"{budget} experts do not fit {layers} layers of at most {self.high} each.",
-                f"Use --T {layers * self.high} or less, or --max {-(-budget // layers)}.",
+                f"Use `T` {layers * self.high} or less, or `high` {-(-budget // layers)}.",
             )
 
     def check_sides(self) -> None:
         """Raise HtsrError when they leave nothing to choose."""
         if self.low < 0 or (self.high is not None and self.high < max(self.low, 1)):
-            raise HtsrError(f"--min {self.low} --max {self.high} leaves nothing to choose.")
+            raise HtsrError(f"There is no count within {self.words}.")
 
     def allow(self, count: int) -> bool:
         """Whether a layer may have this many."""
@@ -87,7 +92,7 @@ def repair_official(
         powers = [score**beta for score in scores]
     except OverflowError:
         raise HtsrError(
-            f"The official repair needs v^{beta:g}, which is too large.", "Use --repair remainder."
+            f"The official repair needs v^{beta:g}, which is too large.", "Use `repair` remainder."
         ) from None
     counts = [round(q) for q in quota]
     layers = range(len(counts))
@@ -107,13 +112,14 @@ def _official(scores, quota, budget, beta, bounds) -> list[int]:
     counts = repair_official(scores, quota, budget, beta)
     for layer, count in enumerate(counts):
         if count < 0 or not bounds.allow(count):
-            wrong = "negative" if count < 0 else f"outside --min {bounds.low} --max {bounds.high}"
+            wrong = "negative" if count < 0 else f"outside {bounds.words}"
             raise HtsrError(
                 f"The official repair gives layer {layer} a count of {count}, which is {wrong}.",
-                "Use --repair remainder"
-                + (", or --min 0." if 0 <= count < bounds.low else ", or a larger --T."),
+                "Use `repair` remainder"
+                + (", or `low` 0." if 0 <= count < bounds.low else ", or a larger `T`."),
             )
     return counts
 
 
-REPAIRS: dict[str, Callable[..., list[int]]] = {"remainder": _remainder, "official": _official}
+REMAINDER = "remainder"  # the default
+REPAIRS: dict[str, Callable[..., list[int]]] = {REMAINDER: _remainder, "official": _official}

@@ -1,63 +1,19 @@
-"""An allocation in the words of other trainers."""
+"""Plain LoRA of PEFT, with the allocation as ranks."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from htsr_alloc.allocation.exports.lora import Lora, Modules
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
 
 
-@dataclass(frozen=True)
-class Lora:
-    """What a LoRA trainer needs besides the allocation; ``r`` is per expert."""
-
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ()
-
-
-def to_mola(allocation: Allocation, lora: Lora) -> str:
-    """Arguments of the MoLA and AlphaLoRA training scripts.
-
-    Raises:
-        HtsrError: a layer without experts, or linears with counts of their own, which those
-            scripts cannot build.
-    """
-    if allocation.modules:
-        raise HtsrError(
-            "MoLA's trainer has one count a layer, and this allocation one a linear.",
-            "Allocate without --per-module, or export --to peft-rank.",
-        )
-    if 0 in allocation.experts:
-        layer = allocation.experts.index(0)
-        raise HtsrError(
-            f"Layer {layer} has no expert, which MoLA's trainer cannot build.",
-            "Allocate with --min 1, or export --to peft-rank.",
-        )
-    lines = [
-        f'--lora_r "{_commas([lora.r] * len(allocation.experts))}"',
-        f"--lora_alpha {lora.lora_alpha}",
-        f"--lora_dropout {lora.lora_dropout:g}",
-        f'--number_experts "{_commas(allocation.experts)}"',
-        f'--top_k "{_commas(allocation.top_k)}"',
-    ]
-    if lora.target_modules:
-        lines.insert(3, f'--lora_target_modules "{",".join(lora.target_modules)}"')
-    return " \\\n".join(lines) + "\n"
-
-
-def to_peft_rank(
-    allocation: Allocation, lora: Lora, modules: Mapping[str, Sequence[str]] | None = None
-) -> str:
+def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:
     r"""Keyword arguments of ``peft.LoraConfig``, as JSON: plain LoRA of equal parameter count.
 
     A layer with N experts of rank r gets rank N r and alpha N lora_alpha, so that the scale
@@ -86,7 +42,7 @@ def to_peft_rank(
     if modules is None and not lora.target_modules and not allocation.modules:
         raise HtsrError(
             "PEFT must be told which modules to adapt.",
-            "Give --model, or --target q_proj --target v_proj ...",
+            "Give `model`, or their names as `target_modules`: q_proj, v_proj, ...",
         )
     unknown = sorted(set(modules or ()) - {prefix for prefix, _ in layers if prefix})
     if unknown:
@@ -119,7 +75,7 @@ def to_peft_rank(
 def _layer_ranks(
     layers: Sequence[tuple[str | None, int]],
     lora: Lora,
-    modules: Mapping[str, Sequence[str]] | None,
+    modules: Modules | None,
 ) -> dict[str, int]:
     """Pattern -> experts, of every layer's linears (or, without their names, its targets)."""
     ranks: dict[str, int] = {}
@@ -137,9 +93,7 @@ def _layer_ranks(
     return ranks
 
 
-def _listed_ranks(
-    allocation: Allocation, lora: Lora, modules: Mapping[str, Sequence[str]] | None
-) -> dict[str, int]:
+def _listed_ranks(allocation: Allocation, lora: Lora, modules: Modules | None) -> dict[str, int]:
     """Pattern -> experts, of the linears that the allocation lists."""
     listed = [module for module in allocation.modules if _targeted(module.name, lora)]
     if not listed:
@@ -150,7 +104,7 @@ def _listed_ranks(
         for name in ranks:
             if name not in known:
                 raise HtsrError(
-                    f"The allocation lists {name}, which is no linear of the model.",
+                    f"The allocation lists {name}, which is not a linear of the model.",
                     "Give the model that the allocation was made for.",
                 )
     return {re.escape(name): experts for name, experts in ranks.items()}
@@ -164,67 +118,7 @@ def _any_of(patterns: Mapping[str, int]) -> str:
     return rf"(.*\.)?({'|'.join(patterns)})"
 
 
-def to_axolotl(allocation: Allocation, lora: Lora) -> str:
-    """The LoRA part of an axolotl configuration (YAML).
-
-    axolotl has one rank for all layers. Where the allocation needs several, the YAML starts
-    from an adapter folder made with the ``peft-rank`` export, and says how.
-    """
-    counts = [row.experts for row in allocation.modules] or allocation.experts
-    present = sorted(set(counts) - {0})
-    if not present:
-        raise HtsrError("No layer has an expert, so that there is nothing to train.")
-    lines = ["adapter: lora", f"lora_dropout: {lora.lora_dropout:g}"]
-    if lora.target_modules:
-        lines.append(f"lora_target_modules: {json.dumps(list(lora.target_modules))}")
-    else:
-        lines.append("lora_target_linear: true")
-    if len(present) == 1 and not allocation.modules:
-        lines += [f"lora_r: {lora.r * present[0]}", f"lora_alpha: {lora.lora_alpha * present[0]}"]
-        if 0 in allocation.experts:
-            chosen = [i for i, n in enumerate(allocation.experts) if n]
-            lines.append(f"peft_layers_to_transform: {json.dumps(chosen)}")
-        return "\n".join(lines) + "\n"
-    head = [
-        "# axolotl knows one rank for all layers; per-layer ranks come from an adapter folder:",
-        "#   htsr export ALLOCATION --to peft-rank --model MODEL -o lora.json",
-        '#   python -c "import json, peft, transformers as t; peft.get_peft_model('
-        "t.AutoModelForCausalLM.from_pretrained('MODEL'), "
-        "peft.LoraConfig(**json.load(open('lora.json')))).save_pretrained('./adapter')\"",
-    ]
-    lines += [
-        f"lora_r: {lora.r}",
-        f"lora_alpha: {lora.lora_alpha}",
-        "lora_model_dir: ./adapter",
-    ]
-    return "\n".join(head + lines) + "\n"
-
-
-def to_csv(allocation: Allocation) -> str:
-    """One row a layer: layer, prefix, score, quota, experts, top_k.
-
-    Where linears have counts of their own, one row a linear: layer, module, role and the same.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if allocation.modules:
-        writer.writerow(["layer", "module", "role", "score", "quota", "experts", "top_k"])
-        for m in allocation.modules:
-            writer.writerow([m.layer, m.name, m.role, m.score, m.quota, m.experts, m.top_k])
-        return text.getvalue()
-    writer.writerow(["layer", "prefix", "score", "quota", "experts", "top_k"])
-    for i, (experts, top_k) in enumerate(zip(allocation.experts, allocation.top_k, strict=True)):
-        row = allocation.evidence[i] if allocation.evidence else None
-        known = [row.prefix, row.score, row.quota] if row else [None] * 3
-        writer.writerow([i, *known, experts, top_k])
-    return text.getvalue()
-
-
-def _commas(numbers: Sequence[int]) -> str:
-    return ",".join(str(n) for n in numbers)
-
-
-def _selected(modules: Mapping[str, Sequence[str]], prefix: str, lora: Lora) -> list[str]:
+def _selected(modules: Modules, prefix: str, lora: Lora) -> list[str]:
     """The layer's modules whose name is a target or ends in one."""
     names = modules.get(prefix)
     if not names:
@@ -261,6 +155,3 @@ def _check_patterns(patterns: Mapping[str, int], modules: Sequence[str]) -> None
     for pattern in patterns:
         if endings[_unescaped(pattern)] != 1:
             raise HtsrError(f"The pattern {pattern} does not match exactly one module.")
-
-
-EXPORTS = ("mola", "peft-rank", "axolotl", "csv")

@@ -1,0 +1,97 @@
+"""What is shared out: experts, or the trainable parameters that they cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Metrics
+
+
+@dataclass(frozen=True)
+class Experts:
+    """T experts of all layers together."""
+
+    total: int
+
+
+@dataclass(frozen=True)
+class Params:
+    """Trainable parameters, spent exactly or as closely from below as whole experts come.
+
+    ``r`` is the rank of one expert, on which its parameters depend.
+    """
+
+    total: int
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Trainable parameters as a share of the base model's: 0.01 for 1 %."""
+
+    part: float
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        if not 0 < self.part <= 1:
+            raise HtsrError(
+                f"A share of the base's parameters is above 0 and at most 1, not {self.part}."
+            )
+
+    def params(self, metrics: Metrics | None) -> Params:
+        """As a number of parameters, rounded down.
+
+        Raises:
+            HtsrError: the metrics do not say how many parameters the base has.
+        """
+        base = metrics.model.parameters if metrics else None
+        if base is None:
+            raise HtsrError(
+                "How many parameters the base has is not known.",
+                "Analyze it again, which writes it down, or give `params`.",
+            )
+        return Params(math.floor(self.part * base), self.r)
+
+
+Budget = Experts | Params | Share
+
+
+def check_rank(r: int) -> None:
+    """Raise HtsrError unless ``r`` is a rank."""
+    if r < 1:
+        raise HtsrError(f"`r` must be at least 1, not {r}.")
+
+
+def parse_params(text: str) -> int:
+    """``100M``, ``1.5B``, ``660k`` or plain ``105635840``.
+
+    Raises:
+        HtsrError: anything else, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMB]?)", text.strip())
+    count = float(match[1]) * 1000 ** " kmb".index(match[2].lower() or " ") if match else 0
+    if count < 1:
+        raise HtsrError(f"{text!r} is not a number of parameters such as 100M or 1.5B.")
+    return round(count)
+
+
+def parse_share(text: str) -> float:
+    """``1%`` or ``0.01``.
+
+    Raises:
+        HtsrError: anything else, or outside 0 to 100 %.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0
+    if match and not match[2] and share >= 1:
+        raise HtsrError(f"{text} is {share:.0%} of the base.", f"Write {text}% or {share / 100}.")
+    if not 0 < share <= 1:
+        raise HtsrError(f"{text!r} is not a share such as 1% or 0.01.")
+    return share

@@ -1,0 +1,195 @@
+"""A request: what ``allocate`` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from htsr_alloc.allocation.budget import Budget, Experts, Params, Share, check_rank
+from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
+from htsr_alloc.allocation.scorefile import Scores
+from htsr_alloc.allocation.scores import Metric
+from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Strategy
+from htsr_alloc.allocation.units import POOLS
+from htsr_alloc.errors import HtsrError, check_choice
+
+
+@dataclass(frozen=True)
+class Request:
+    """How many experts each layer, or each linear, is to get.
+
+    Attributes:
+        strategy: one of ``STRATEGIES`` with its settings, as ``AlphaLora(beta=2.5)``.
+        budget: ``Experts(160)``, ``Params(10**8)`` or ``Share(0.01)``; a strategy whose settings
+            say it needs none.
+        scores: what a strategy that uses scores goes by: a ``Metric``, by default PL_Alpha_Hill,
+            or ``Scores`` of a file. None for the others.
+        pool: None is a count a layer. ``role`` and ``all`` (of ``POOLS``) are a count a linear,
+            compared with the linears of its role or with every other; T is then the experts of
+            each role's linears together, so that T experts cost what they cost by layers.
+        targets: roles (``q_proj``) that are adapted, for a budget in parameters and for counts by
+            linears; all of them where it is empty.
+        repair: of eq. 7, one of ``REPAIRS``. A budget in parameters has a rounding of its own
+            (``allocation.spend``).
+        bounds: of every count.
+        top_k: K; a layer's own is min(K, its experts).
+        layers: the number of layers, where there are no metrics.
+
+    Raises:
+        HtsrError: fields that contradict each other.
+    """
+
+    strategy: Strategy = field(default_factory=AlphaLora)
+    budget: Budget | None = None
+    scores: Metric | Scores | None = None
+    pool: str | None = None
+    targets: tuple[str, ...] = ()
+    repair: str = REMAINDER
+    bounds: Bounds = field(default_factory=Bounds)
+    top_k: int = 2
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise HtsrError(f"`top_k` must be at least 1, not {self.top_k}.")
+        check_choice("repair", self.repair, REPAIRS)
+        if self.pool is not None:
+            check_choice("pool", self.pool, POOLS)
+        by_params = isinstance(self.budget, Params | Share)
+        if self.targets and not self.pool and not by_params:
+            raise HtsrError(
+                "`targets` says which linears `per_module` or a parameter budget is about.",
+                "A count for each layer holds for whatever is adapted: leave it out.",
+            )
+        if self.repair != REMAINDER and by_params:
+            raise HtsrError(f"`repair` {self.repair} repairs a sum of experts.", "Give `T`.")
+        if self.strategy.uses_scores:
+            if self.scores is None:
+                object.__setattr__(self, "scores", Metric())
+            return
+        idle = {
+            "scores": isinstance(self.scores, Scores),
+            "metric": isinstance(self.scores, Metric),
+            "per_module": self.pool is not None,
+            "repair": self.repair != REMAINDER,
+        }
+        for name, given in idle.items():
+            if given:
+                raise HtsrError(
+                    f"The {self.strategy.name} strategy uses no score, so that `{name}` means "
+                    "nothing.",
+                    "Leave it out.",
+                )
+
+    @property
+    def needs_metrics(self) -> bool:
+        """Whether the scores, the layers or the parameters are known from metrics only."""
+        if self.pool is not None or isinstance(self.budget, Params | Share):
+            return True
+        if self.strategy.uses_scores:
+            return isinstance(self.scores, Metric)
+        return not (self.layers or self.strategy.layers)
+
+    @classmethod
+    def of(
+        cls,
+        strategy: str = "alphalora",
+        *,
+        T: int | None = None,
+        params: int | None = None,
+        target_share: float | None = None,
+        r: int | None = None,
+        budget: Budget | int | None = None,
+        metric: str | None = None,
+        scores: Scores | None = None,
+        per_module: bool = False,
+        pool: str | None = None,
+        targets: Sequence[str] = (),
+        repair: str = REMAINDER,
+        bounds: Bounds | None = None,
+        top_k: int = 2,
+        layers: int | None = None,
+        **settings: Any,
+    ) -> Request:
+        """A request from keywords, as ``htsr allocate`` has options.
+
+        Args:
+            strategy: a name of ``STRATEGIES``; what its dataclass has as fields is given in
+                ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
+            T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
+                and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
+            metric: see ``Metric``; ``scores`` of a file come in its place.
+            per_module: a count for each linear, in a ``pool``, by default ``role``.
+
+        The others are the fields of a ``Request``.
+
+        Raises:
+            HtsrError: what contradicts itself, or would do nothing.
+        """
+        check_choice("strategy", strategy, STRATEGIES)
+        if metric is not None and scores is not None:
+            raise HtsrError(f"`scores` come in place of `metric` {metric}.", "Give one of them.")
+        if pool is not None and not per_module:
+            raise HtsrError(f"`pool` {pool} is about `per_module`.", "Give both, or neither.")
+        return cls(
+            _strategy(strategy, settings),
+            _budget(T, params, target_share, r, budget),
+            Metric(metric) if metric is not None else scores,
+            (pool or "role") if per_module else None,
+            tuple(targets),
+            repair,
+            bounds or Bounds(),
+            top_k,
+            layers,
+        )
+
+
+def keywords_of(strategy: str) -> set[str]:
+    """The keywords of ``Request.of`` that mean something to this strategy, besides the common."""
+    check_choice("strategy", strategy, STRATEGIES)
+    by_scores = {"metric", "scores", "per_module", "pool", "repair"}
+    return _settings(strategy) | (by_scores if STRATEGIES[strategy].uses_scores else set())
+
+
+def _settings(strategy: str) -> set[str]:
+    return {each.name for each in fields(STRATEGIES[strategy])}
+
+
+def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
+    own = _settings(name)
+    given = {key: value for key, value in settings.items() if value not in (None, (), [])}
+    for key in given.keys() - own:
+        owners = [other for other in STRATEGIES if key in _settings(other)]
+        if owners:
+            raise HtsrError(
+                f"`{key}` belongs to the {' and '.join(owners)} strategy, not to {name}.",
+                f"Leave it out, or give `strategy` {owners[0]}.",
+            )
+    return STRATEGIES[name](
+        **{key: tuple(v) if isinstance(v, Sequence) else v for key, v in given.items()}
+    )
+
+
+def _budget(
+    T: int | None,
+    params: int | None,
+    target_share: float | None,
+    r: int | None,
+    budget: Budget | int | None,
+) -> Budget | None:
+    """The one budget that is given, if any."""
+    given = {"T": T, "params": params, "target_share": target_share, "budget": budget}
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise HtsrError(f"{' and '.join(names)} are all budgets.", "Give one of them.")
+    rank = 8 if r is None else r
+    check_rank(rank)
+    if params is not None:
+        return Params(params, rank)
+    if target_share is not None:
+        return Share(target_share, rank)
+    if r is not None:
+        raise HtsrError("`r` matters to `params` and `target_share` alone.", "Leave it out.")
+    total = budget if T is None else T
+    return Experts(total) if isinstance(total, int) else total
