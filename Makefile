@@ -9,7 +9,8 @@
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
 # and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
-# make PYTHON=python3.12 test, make test ARGS="-k estimators", make lock ARGS=--upgrade.
+# make PYTHON=python3.12 test, make test ARGS="-k estimators", make test ARGS="-n 2 --dist loadfile"
+# (two processes), make lock ARGS=--upgrade.
 
 PYTHON ?= python3
 MODEL  ?= smollm2

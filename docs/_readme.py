@@ -1,6 +1,6 @@
 """mkdocs hook: the start page is the README, its links made relative to docs/.
 
-Links to files outside docs/ (LICENSE and the like), which the site does not have, become plain text.
+Links to files outside docs/, which the site does not have, become plain text.
 """
 
 import re

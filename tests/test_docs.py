@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import ROOT, environment
 
-pytest.importorskip("sybil", reason="needs the extra [test]")
+pytest.importorskip("sybil", reason="needs the dependency group test")
 
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser

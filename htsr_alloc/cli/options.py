@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from htsr_alloc.cli.choices import Choice, filled
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
+    "T": ["--T"],
     "as_json": ["--json"],
     "high": ["--max"],
     "keep_shards": ["--keep-shards/--drop-shards"],
