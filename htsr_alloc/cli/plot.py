@@ -18,7 +18,8 @@ def plot(
         typer.Option("--output", "-o", help="A .png, .svg or .pdf; default FILE.png here."),
     ] = None,
     view: Annotated[
-        Optional[str], typer.Option(help="overview, layers, heatmap, allocation or esd.")
+        Optional[str],
+        typer.Option(help="overview, layers, heatmap, allocation, difference or esd."),
     ] = None,
     metric: Annotated[str, typer.Option(help="pl_alpha_hill, alpha_hat or stable_rank.")] = (
         "pl_alpha_hill"
@@ -33,6 +34,12 @@ def plot(
     role: Annotated[
         Optional[list[str]], typer.Option(help="The spectra of this role; repeatable.")
     ] = None,
+    size: Annotated[
+        Optional[str], typer.Option(help="Width x height in inches, as 8x5.", metavar="WxH")
+    ] = None,
+    dpi: Annotated[Optional[float], typer.Option(help="Dots per inch of a .png; default 150.")] = (
+        None
+    ),
     quiet: Quiet = False,
 ) -> None:
     """Draw metrics by layer, a heat map, allocations or spectra, from the files alone."""
@@ -47,5 +54,18 @@ def plot(
         layer=layer or (),
         role=role or (),
         output=path,
+        size=None if size is None else _inches(size),
+        dpi=dpi,
     )
     Screen(quiet=quiet).note(f"wrote {path}")
+
+
+def _inches(size: str) -> tuple[float, float]:
+    """8x5 as (8.0, 5.0)."""
+    width, _, height = size.partition("x")
+    try:
+        return float(width), float(height)
+    except ValueError:
+        raise typer.BadParameter(
+            "Give width x height in inches, as 8x5.", param_hint="--size"
+        ) from None
