@@ -1,4 +1,4 @@
-"""One HTML page of a metrics file and its allocations, which opens offline and runs nothing."""
+"""One HTML page of a metrics file and its allocations, which opens offline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
     """The page: tables, figures, provenance, cautions and what to cite.
 
-    It loads nothing (a content security policy forbids it), has no script, and is the same for
-    the same files. Every name in it is escaped.
+    It loads nothing: a content security policy allows only its own style and its own script, by
+    their hashes. The script sorts and filters the tables. Every name is escaped, and the same files
+    give the same page.
 
     Args:
         paths: one metrics file and any number of allocations. Spectra that lie beside the metrics
@@ -58,7 +59,7 @@ def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
 
     folder = resources.files("htsr_alloc.reports")
     style = folder.joinpath("page.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    script = folder.joinpath("page.js").read_text("utf-8")
     pages = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -71,7 +72,9 @@ def report(*paths: str | Path, notes: Sequence[str] = ()) -> str:
     page = pages.from_string(folder.joinpath("page.html").read_text("utf-8"))
     return page.render(
         style=Markup(style),
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        script=Markup(script),
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "img-src data:; "
         "base-uri 'none'; form-action 'none'",
         version=__version__,
         metrics=metrics,
@@ -121,6 +124,11 @@ def _figures(source: Result, metrics: Metrics, results: Sequence[Result]) -> lis
         )
         found.append((caption, _embedded(figure)))
     return found
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names an inline style or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _spectra_path(source: Result, metrics: Metrics) -> Path | None:
