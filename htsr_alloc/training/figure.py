@@ -43,17 +43,18 @@ def plot_run(
 
 def _drawn(log: Sequence[Mapping[str, Any]], loads: list[RouterReport]) -> Figure:
     """The losses by step, and the load of every router if there are any."""
-    from htsr_alloc.style import new_figure
+    from htsr_alloc.style import COLOURS, new_figure
 
     figure = new_figure(10 if loads else 5, 4)
     panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+    kinds = (("loss", "training"), ("eval_loss", "validation"))
+    for (name, label), colour in zip(kinds, COLOURS, strict=False):
         points = [(row["step"], row[name]) for row in log if name in row]
         if points:
-            panels[0].plot(*zip(*points, strict=True), marker=".", label=label)
+            panels[0].plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     panels[0].set_xlabel("step")
     panels[0].set_ylabel("loss per token")
-    panels[0].legend()
+    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     balance = [(row["step"], row["router_aux_loss"]) for row in log if "router_aux_loss" in row]
     if balance:
         twin = panels[0].twinx()
