@@ -30,7 +30,7 @@ Exclude = Annotated[Optional[list[str]], typer.Option(help="No tensors like this
 OutFile = Annotated[
     Optional[Path], typer.Option("--output", "-o", help="Where to write; - is stdout.")
 ]
-ESTIMATOR_HELP = "official, paper, band, median or ks."
+ESTIMATOR_HELP = "official, paper, band, median, ks, kde, kde-band or kde-mean."
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is computed in.")
