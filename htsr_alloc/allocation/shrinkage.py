@@ -15,9 +15,15 @@ DerSimonian and Laird's one step weights by s_i^-2 alone and is biased. REML nee
 and a jump of the tail's start is not. The same Q also gives tau^2 its interval (Q-profile,
 Viechtbauer 2007), so that interval, estimate and test never disagree.
 
-    z~_i = mu + (z_i - mu) tau^2 / (tau^2 + s_i^2)
+What the roles of a layer share, u = a + b with a ~ (0, sigma^2) common to the layer's roles and b
+the role's own, is told by their products, whose mean is sigma^2, as errors of two roles have
+nothing in common. With y_r = z_r - mu_r and p_r = 1 / (tau_r^2 - sigma^2 + s_r^2), a layer's best
+linear guess is
 
-is the shrunk value, and I^2 = tau^2 / (tau^2 + s^2) the share of the spread that is signal, with
+    a = sigma^2 sum p y / (1 + sigma^2 sum p),    b_r = (tau_r^2 - sigma^2) p_r (y_r - a)
+
+and z~_r = mu_r + a + b_r; without a common part this is each role's own mu + (z - mu) tau^2 /
+(tau^2 + s^2). I^2 = tau^2 / (tau^2 + s^2) is the share of a role's spread that is signal, with
 Higgins and Thompson's typical s^2 = (n - 1) sum v / ((sum v)^2 - sum v^2), v_i = s_i^-2 (2002).
 """
 
@@ -46,10 +52,6 @@ class RandomEffects:
     i2_low: float
     i2_high: float
 
-    def shrunk(self, value: float, error: float) -> float:
-        """A z of this role, drawn towards the mean."""
-        return self.mean + (value - self.mean) * self.tau2 / (self.tau2 + error**2)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -67,6 +69,7 @@ class Shrinkage:
 
     Attributes:
         roles: role -> its random effects.
+        common: sigma^2, the variance of what a layer's roles share.
         alphas: the shrunk alpha of each estimate, in their order.
         scores: layer -> the mean over its matrices of the shrunk alphas. Where layers have
             different roles, the roles' own levels are taken out of it.
@@ -75,6 +78,7 @@ class Shrinkage:
     """
 
     roles: dict[str, RandomEffects]
+    common: float
     alphas: tuple[float, ...]
     scores: dict[int, float]
     p: float
@@ -142,21 +146,52 @@ def shrink(estimates: Sequence[Estimate]) -> Shrinkage:
     degrees = sum(found.n - 1 for found in roles.values())
     p = 1 - chi2_cdf(q, degrees) if degrees else 1.0
     uniform = None
-    shrunk = [roles[e.role].shrunk(z[i], s[i]) for i, e in enumerate(estimates)]
-    if p > LEVEL:
+    means = [roles[e.role].mean for e in estimates]
+    y = [value - mean for value, mean in zip(z, means, strict=True)]
+    tau2 = [roles[e.role].tau2 for e in estimates]
+    layers: dict[int, list[int]] = {}
+    for i, e in enumerate(estimates):
+        layers.setdefault(e.layer, []).append(i)
+    common = _common(y, [1 / (t + error**2) for t, error in zip(tau2, s, strict=True)], layers)
+    shrunk = list(means)
+    if p <= LEVEL:
+        for own in layers.values():
+            for i, effect in zip(own, _effects(own, y, s, tau2, common), strict=True):
+                shrunk[i] += effect
+    else:
         uniform = (
             f"uniform: the spread of ln(alpha - 1) within roles is what its errors give "
             f"(Q = {q:.1f} on {degrees} degrees of freedom, p = {p:.2g})"
         )
-        shrunk = [roles[e.role].mean for e in estimates]
     alphas = [1 + math.exp(value) for value in shrunk]
     level = math.fsum(1 + math.exp(found.mean) for found in roles.values()) / len(roles)
-    deviations: dict[int, list[float]] = {}
-    for e, alpha in zip(estimates, alphas, strict=True):
-        away = alpha - (1 + math.exp(roles[e.role].mean))
-        deviations.setdefault(e.layer, []).append(away)
-    scores = {layer: level + math.fsum(own) / len(own) for layer, own in deviations.items()}
-    return Shrinkage(roles, tuple(alphas), scores, p, uniform)
+    away = [alpha - (1 + math.exp(mean)) for alpha, mean in zip(alphas, means, strict=True)]
+    scores = {
+        layer: level + math.fsum(away[i] for i in own) / len(own) for layer, own in layers.items()
+    }
+    return Shrinkage(roles, common, tuple(alphas), scores, p, uniform)
+
+
+def _common(y: list[float], weights: list[float], layers: dict[int, list[int]]) -> float:
+    """sigma^2: the weighted mean of y_i y_j over the pairs of a layer's matrices, at least 0."""
+    products, total = 0.0, 0.0
+    for own in layers.values():
+        square = math.fsum((weights[i] * y[i]) ** 2 for i in own)
+        products += math.fsum(weights[i] * y[i] for i in own) ** 2 - square
+        square = math.fsum(weights[i] ** 2 for i in own)
+        total += math.fsum(weights[i] for i in own) ** 2 - square
+    return max(0.0, products / total) if total > 0 else 0.0
+
+
+def _effects(
+    own: list[int], y: list[float], s: list[float], tau2: list[float], common: float
+) -> list[float]:
+    """a + b_r of a layer's matrices, of which ``own`` are the places."""
+    common = min(common, *(tau2[i] for i in own))
+    p = [1 / (tau2[i] - common + s[i] ** 2) for i in own]
+    a = common * math.fsum(w * y[i] for w, i in zip(p, own, strict=True))
+    a /= 1 + common * math.fsum(p)
+    return [a + (tau2[i] - common) * w * (y[i] - a) for w, i in zip(p, own, strict=True)]
 
 
 def chi2_cdf(x: float, degrees: int) -> float:
