@@ -90,7 +90,7 @@ def decompose_all(
             farms=settings.farms,
             bins=settings.bins,
         )
-        return Entry(found, digest.hexdigest())
+        return Entry(found, digest.hexdigest(), checkpoint.stamp(matrix.ref))
 
     users = Counter(shard for matrix in tasks for shard in checkpoint.shards_of(matrix.ref))
     for matrix, entry in schedule.run(

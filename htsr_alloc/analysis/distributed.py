@@ -6,7 +6,9 @@ well. Outside torchrun there is one rank, and torch.distributed is not touched.
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from htsr_alloc.analysis.journal import Entry, read_journal
+from htsr_alloc.analysis.journal import Entry, is_journal, read_journal
 
 Task = TypeVar("Task")
 PATIENCE = timedelta(days=30)  # ranks end hours apart on large models
@@ -53,8 +55,9 @@ class Ranks:
         return self.rank == 0
 
     def own_file(self, path: Path) -> Path:
-        """The path for a file of this rank's own: ``x.journal`` becomes ``x.rank1.journal``."""
-        return path if self.first else path.with_name(f"{path.stem}.rank{self.rank}{path.suffix}")
+        """The path for a file of this rank's own: ``x.journal`` becomes ``x.journal.rank1``, which
+        no run of another name has."""
+        return path if self.first else path.with_name(f"{path.name}.rank{self.rank}")
 
     def read_journals(self, path: Path, identity: dict[str, Any]) -> dict[str, Entry]:
         """What the journals of any ranks hold, of an earlier run of any size.
@@ -62,17 +65,20 @@ class Ranks:
         The other ranks of this run may be opening theirs, so that nothing is locked here.
         """
         found: dict[str, Entry] = {}
-        for other in sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}")):
+        for other in _of_ranks(path):
             found |= read_journal(other, identity)
         if self.size > 1 and path.exists():
             found |= read_journal(path, identity)
         return found
 
     def remove_journals(self, path: Path) -> None:
-        """Delete what ranks of this or an earlier run have left."""
-        for other in path.parent.glob(f"{path.stem}.rank*{path.suffix}"):
+        """Delete the journals that ranks of this or an earlier run have left."""
+        for other in _of_ranks(path):
             with suppress(OSError):
-                other.unlink()
+                with open(other, "rb") as file:
+                    ours = is_journal(file)
+                if ours:
+                    other.unlink()
 
     def share(self, entries: dict[str, Entry]) -> dict[str, Entry]:
         """The union of every rank's entries, on every rank."""
@@ -106,3 +112,9 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier()
+
+
+def _of_ranks(path: Path) -> list[Path]:
+    """The journals of the ranks after the first that lie beside the first's."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.rank*")
+    return sorted(other for other in found if re.fullmatch(r"\.rank[0-9]+", other.suffix))

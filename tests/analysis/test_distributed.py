@@ -1,5 +1,6 @@
 """torchrun: several gloo processes on this machine, one result."""
 
+import hashlib
 import json
 import os
 import signal
@@ -73,7 +74,7 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     folder.mkdir()
     process = analyze(folder, 2, start_only=True)
     deadline = time.monotonic() + 60
-    journals = [folder / "model.journal", folder / "model.rank1.journal"]
+    journals = [folder / "model.journal", folder / "model.journal.rank1"]
     while time.monotonic() < deadline and process.poll() is None:
         lines = [p.read_bytes().count(b"\n") if p.exists() else 0 for p in journals]
         if min(lines) >= 2:
@@ -85,9 +86,12 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     kept = [p.read_bytes() for p in journals if p.exists()]
     assert len(kept) == 2, "the run had ended before it could be killed"
     for journal in journals:  # what is in the journals is used, not computed again
-        header, *lines = journal.read_bytes().splitlines()
-        marked = [line.replace(b'"engine": "', b'"engine": "kept: ') for line in lines]
-        journal.write_bytes(b"\n".join([header, *marked, b""]))
+        first, *lines = journal.read_bytes().splitlines()
+        header, marked = first.rpartition(b" ")[0], [first]
+        for line in lines:
+            text = line.rpartition(b" ")[0].replace(b'"engine": "', b'"engine": "kept: ')
+            marked.append(text + b" " + hashlib.sha256(header + text).hexdigest().encode())
+        journal.write_bytes(b"\n".join([*marked, b""]))
     finished = sum(text.count(b'"sha256"') for text in kept)
     assert finished >= 2
     analyze(folder, 1)
@@ -97,7 +101,7 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     for matrix in kept_engines:
         matrix["engine"] = matrix["engine"].removeprefix("kept: ")
     assert (spectra, metrics) == result(alone / "alone")
-    assert not list(folder.glob("*.journal"))
+    assert not list(folder.glob("*.journal*"))
 
 
 def test_shares_are_disjoint_complete_and_even():
