@@ -185,6 +185,50 @@ def test_matrices_without_a_spectrum_are_marked_and_the_run_goes_on(tmp_path):
     assert read_metrics(output.metrics) == metrics
 
 
+def orthogonal(rows, columns, dtype, seed=0):
+    return torch.linalg.qr(randn(rows, columns, seed=seed).to(dtype))[0]
+
+
+FLAT = {
+    "float64": orthogonal(256, 256, torch.float64),
+    "float32": orthogonal(256, 256, torch.float32),
+    "float32 tall": orthogonal(512, 128, torch.float32),
+    "bfloat16": orthogonal(256, 256, torch.float32).bfloat16(),
+    "float16 scaled": (1000 * orthogonal(200, 100, torch.float32)).half(),
+    "float8": (8 * orthogonal(256, 256, torch.float32)).to(torch.float8_e4m3fn),
+    "permutation": torch.eye(128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))],
+}
+SPREAD_OUT = {
+    "float8 noise": randn(256, 256).to(torch.float8_e5m2),
+    "float8 tall noise": randn(4096, 64).to(torch.float8_e5m2),
+    "bfloat16 tall noise": randn(8192, 64).bfloat16(),
+    "float32 nearly orthogonal": orthogonal(256, 256, torch.float32) + 1e-4 * randn(256, 256),
+}
+
+
+def test_a_spectrum_that_is_flat_within_rounding_has_no_alpha(tmp_path):
+    tensors = {f"h.0.{name.replace(' ', '_')}.weight": w for name, w in (FLAT | SPREAD_OUT).items()}
+    write_shards(tmp_path / "m", [{n: w.contiguous() for n, w in tensors.items()}])
+    output = RunFiles(tmp_path / "m.metrics.json")
+    metrics = analyze(open_checkpoint(tmp_path / "m"), settings(), output)
+    found = {m.role.replace("_", " "): m for m in metrics.matrices}
+    for name in FLAT:
+        assert (found[name].status, found[name].pl_alpha_hill) == ("failed", None), name
+        assert "equal" in found[name].reason
+        assert found[name].stable_rank == pytest.approx(min(found[name].shape), rel=0.1)
+    for name in SPREAD_OUT:
+        assert (found[name].status, found[name].reason) == ("ok", None), name
+    again = refit(output.metrics, RunFiles(tmp_path / "n.metrics.json"), "median")
+    assert {m.role for m in again.matrices if m.status == "failed"} == {
+        m.role for m in metrics.matrices if m.status == "failed"
+    }
+
+
+def test_an_absurd_number_of_bins_is_refused(model):
+    with pytest.raises(HtsrError, match="bins must be at most 1000000"):
+        analyze(model, bins=1_000_000_000)
+
+
 def test_low_rank_is_marked_and_its_zeros_are_counted(tmp_path):
     weight = randn(80, 60).double() @ randn(60, 70, seed=1).double()
     write_shards(tmp_path / "m", [{"h.0.w.weight": weight}])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,3 +112,67 @@ def test_shares_are_disjoint_complete_and_even():
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs)
     assert Ranks().take(range(3), float) == [0, 1, 2]
+
+
+ALONE = """
+from datetime import timedelta
+from htsr_alloc.analysis import distributed
+distributed.TO_MEET, distributed.SILENCE = timedelta(seconds={seconds}), 0.5
+from htsr_alloc.cli.main import main
+main()
+"""
+
+
+def one_of_two(folder: Path, seconds: int) -> subprocess.Popen:
+    """The first of two ranks, the other of which never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-c", ALONE.format(seconds=seconds), "analyze", "../model"],
+        cwd=folder,
+        env=environment(OMP_NUM_THREADS="1", **place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_wait_for_a_missing_rank_is_said_and_ends_by_a_signal(alone, number, code):
+    process = one_of_two(alone / "alone", 600)
+    lines = iter(process.stderr)
+    assert any("Rank 0 of 2 waits for the others, at most 600 s." in line for line in lines)
+    process.send_signal(number)
+    start = time.monotonic()
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    assert time.monotonic() - start < 10
+
+
+def test_a_missing_rank_is_a_sentence_after_the_time_that_was_said(alone):
+    _, said = one_of_two(alone / "alone", 3).communicate(timeout=60)
+    assert "error: Rank 0 of 2 did not meet the others within 3 s" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": "2", "RANK": "x"},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0"},  # and no MASTER_ADDR
+        {"LOCAL_WORLD_SIZE": "0"},
+    ],
+)
+def test_variables_of_the_environment_that_are_wrong_are_a_sentence(
+    model, invoke, monkeypatch, wrong
+):
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    done = invoke("analyze", model)
+    assert done.rc == 1
+    assert done.stderr.count("error: ") == 1
