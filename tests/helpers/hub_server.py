@@ -194,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def listing(self, file):
         found, size = sha256(file), file.stat().st_size
-        entry = {"rfilename": file.name, "blobId": found[:40], "oid": found[:40], "size": size}
+        content = file.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"rfilename": file.name, "blobId": blob, "oid": blob, "size": size}
         if file.suffix == ".safetensors":
             entry["lfs"] = {"sha256": found, "oid": found, "size": size, "pointerSize": 134}
         return entry
