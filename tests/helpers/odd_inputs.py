@@ -65,12 +65,6 @@ def _(folder: Path) -> list[object]:
     return matrix(folder, torch.zeros(64, 64), f"h.0.{ESCAPE}.weight")
 
 
-@odd("names: a lone surrogate escape", "")
-def _(folder: Path) -> list[object]:
-    weights(folder / "model.safetensors", {"h.0.\ud800.weight": entry()})
-    return ["inspect", folder]
-
-
 @odd("names: a path", "")
 def _(folder: Path) -> list[object]:
     import torch
