@@ -8,6 +8,7 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import iter_modules
 
 from htsr_alloc.errors import HtsrError
 
@@ -59,11 +60,13 @@ class Choice:
 
 
 def names_in(module: str, name: str) -> list[str]:
-    """The names of a registry, a dict or a tuple.
+    """The names of a registry: a dict or a tuple, or ``modules``, the files of a folder.
 
     Where they are written out they are read from the source: --help then loads no torch.
     """
     path = PACKAGE.joinpath(*module.split("."))
+    if name == "modules":
+        return sorted(own.name for own in iter_modules([str(path)]) if own.name != "base")
     source = next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
     for node in ast.parse(source.read_text("utf-8")).body if source else ():
         targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -95,6 +98,6 @@ METRIC = Choice("metric", "records.facts:METRICS")
 POOL = Choice("pool", "allocation.units:POOLS")
 REPAIR = Choice("repair", "allocation.rounding:REPAIRS")
 STRATEGY = Choice("strategy", "allocation.strategies:STRATEGIES")
-SYSTEM = Choice("system", "lora_moe.config:SYSTEMS")
-TRAINED_SYSTEM = Choice("system", "lora_moe.config:SYSTEMS", ("lora",))
-VIEW = Choice("view", "reports.plots:VIEWS")
+SYSTEM = Choice("system", "lora_moe.systems:modules")
+TRAINED_SYSTEM = Choice("system", "lora_moe.systems:modules", ("lora",))
+VIEW = Choice("view", "reports.plots:PLOTS")

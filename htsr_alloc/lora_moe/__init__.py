@@ -16,14 +16,14 @@ except ImportError as error:
         "pip install 'htsr-alloc[train]'",
     ) from None
 
-from htsr_alloc.lora_moe.bilevel import BilevelMixin
 from htsr_alloc.lora_moe.build import build
 from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
-from htsr_alloc.lora_moe.generation import after_prompt
 from htsr_alloc.lora_moe.model import LoraMoeModel
 from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
+from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin, activation_parameters
+from htsr_alloc.lora_moe.systems.em_lora.generation import after_prompt
 
 __all__ = [
     "BilevelMixin",
@@ -32,6 +32,7 @@ __all__ = [
     "LoraMoeModel",
     "RouterLossCallback",
     "RouterReport",
+    "activation_parameters",
     "after_prompt",
     "build",
     "collapse",

@@ -24,7 +24,7 @@ def load_balance(probs: Tensor, chosen: Tensor, mask: Tensor | None, k: float) -
     Args:
         probs: (T, N). chosen: (T, N), bool.
         mask: (T,), false for padding, or None.
-        k: what f is divided by beside T: choices a token has (AdaMoLE, whose number varies: 1).
+        k: what f is divided by beside T: choices a token has; 1 where their number varies.
     """
     chosen = chosen.to(probs.dtype)
     if mask is None:

@@ -13,9 +13,10 @@ from torch import nn
 from htsr_alloc.allocation import exports as export
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import read_bytes
-from htsr_alloc.lora_moe.config import DENSE, LoraMoeConfig
+from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.resolve import renamed, resolve_layers, resolve_modules
+from htsr_alloc.lora_moe.systems import DEFAULT, system_of
 from htsr_alloc.records import Allocation, loads
 
 
@@ -46,7 +47,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
-            layer (for MoR its feed-forward linears); ``top_k`` overrides the allocation's.
+            layer, or the system's ``targets``; ``top_k`` overrides the allocation's.
 
     Raises:
         HtsrError: the allocation is for another number of layers; a layer or a target is not in
@@ -55,17 +56,17 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
     allocation = load(allocation)
     for name in ("num_experts", "expert_pattern"):
         if name in config:
-            raise HtsrError(f"build takes {name} from the allocation.", "Leave it out.")
-    system = config.get("system", "alphalora")
-    if system == "em_lora":
+            raise HtsrError(f"build takes {name} from the allocation.", "Remove it.")
+    system = system_of(config.get("system", DEFAULT))
+    if not system.takes_allocation:
         raise HtsrError(
-            "EM-LoRA's experts are a layer's linears, so that no allocation of experts applies.",
-            "Use get_peft_model(model, LoraMoeConfig(system='em_lora')).",
+            f"{system.title} takes no allocation of experts.",
+            f"Use get_peft_model(model, LoraMoeConfig(system={system.name!r})).",
         )
     prefixes = resolve_layers(model, allocation)
     allocation = renamed(allocation, prefixes)
     modules = resolve_modules(
-        model, prefixes, allocation, config.pop("target_modules", None), system
+        model, prefixes, allocation, config.pop("target_modules", None), system.targets
     )
     targets = [name for names in modules.values() for name in names]
     if allocation.modules:
@@ -74,7 +75,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
     else:
         pairs = zip(allocation.experts, allocation.top_k, strict=True)
         counts = dict(zip(prefixes, pairs, strict=True))
-    if system not in DENSE and system != "adamole" and "top_k" not in config:
+    if system.has_top_k and "top_k" not in config:
         config["top_k"] = max(k for _, k in counts.values())
         config.setdefault("top_k_pattern", {})
         for name, (n, k) in counts.items():
@@ -115,7 +116,7 @@ def describe(
         )
         made = [layer.mixture[adapter] for layer in own]
         counts = [how.experts for how in made] or [0]
-        has_k = made and made[0].system not in (*DENSE, "adamole")
+        has_k = made and made[0].system.has_top_k
         rows.append(
             LayerReport(
                 number,
@@ -135,9 +136,9 @@ def control(
     model: nn.Module,
     allocation: Allocation | str | Path,
     *,
-    r: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.05,
+    r: int = export.Lora.r,
+    lora_alpha: int = export.Lora.lora_alpha,
+    lora_dropout: float = export.Lora.lora_dropout,
     target_modules: Sequence[str] | None = None,
 ) -> str:
     """The control without routers: arguments of ``peft.LoraConfig``, as JSON.

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from htsr_alloc.lora_moe.model import STATE
+from htsr_alloc.lora_moe.state import state_in
 
 
 class RouterLossCallback(TrainerCallback):
     """Adds ``router_aux_loss`` to the logs of any transformers Trainer.
 
     The mean over forward passes since the last log of Σ coefficient · L; the ``loss`` that the
-    trainer logs does not contain it, so that it compares with a run without routers.
+    trainer logs does not contain it and can be compared with that of a run without routers.
 
     A trainer hands its logs to the reporters (TensorBoard, W&B) before the callbacks it was given;
     ``RouterLossCallback().attach(trainer)`` puts this one before them. Given as
@@ -38,8 +38,5 @@ class RouterLossCallback(TrainerCallback):
 
 def router_aux_loss(model: Any) -> float | None:
     """The mean weighted balance loss since this was last asked, or None if there was none."""
-    for module in model.modules():
-        state = module.__dict__.get(STATE)
-        if state is not None:
-            return state.pop()
-    return None
+    state = state_in(model)
+    return None if state is None else state.pop()

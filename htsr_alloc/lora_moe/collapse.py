@@ -69,19 +69,17 @@ def collapse(
         batches: of the model's own arguments.
 
     Raises:
-        HtsrError: no batch, or EM-DoRA, whose experts are no low-rank sums.
+        HtsrError: no batch, or EM-DoRA, whose experts are not low-rank sums.
     """
     batches = list(batches)
     adapted = list(layers_of(model))
     adapter = adapter or adapted[0].active_adapters[0]
     layers = [layer for layer in adapted if adapter in layer.mixture]
-    if any(layer.mixture[adapter].dora for layer in layers):
-        raise HtsrError("EM-DoRA's experts are no low-rank sums and cannot become a LoRA.")
+    if not all(p.sums for layer in layers for p in layer.products(adapter)):
+        raise HtsrError("EM-DoRA's experts are not low-rank sums and cannot become a LoRA.")
     if not batches:
         raise HtsrError("collapse needs calibration batches.")
-    routed = any(
-        layer.mixture[adapter].experts > 1 or adapter in layer.em_place for layer in layers
-    )
+    routed = any(layer.mixture[adapter].experts > 1 or adapter in layer.place for layer in layers)
     gates = {}
     if routed:
         gates = {row.name: row.gate for row in routing_report(model, batches, adapter)}
@@ -93,27 +91,24 @@ def collapse(
 def _factors(
     layer: LoraMoeLinear, adapter: str, gates: Mapping[str, tuple[float, ...]]
 ) -> tuple[Tensor, Tensor]:
-    how = layer.mixture[adapter]
-    a, b = layer.lora_moe_A[adapter].detach(), layer.lora_moe_B[adapter].detach()
-    rank = a.shape[0] if how.system in ("mor", "hydra") else a.shape[0] // how.experts
-    if how.system == "em_lora":
-        block, index = layer.em_place[adapter]
-        gate = a.new_tensor([gates[block][index]])
-    else:
-        gate = a.new_tensor(gates.get(layer.name, [1.0]))  # (N,)
-    if adapter in layer.lora_moe_scale:
-        gate = gate * layer.lora_moe_scale[adapter]
-    weights = (gate * how.scale).repeat_interleave(rank)  # (N r,)
-    if how.system == "mor":
-        b = (layer.lora_moe_lambda_B[adapter].t().unsqueeze(-1) * b.unsqueeze(1)).flatten(1)
-        weights = weights * layer.lora_moe_lambda_A[adapter].flatten()
-    b = b * weights
-    if how.system in ("mor", "hydra"):  # one A: the N terms add up
-        b = b.unflatten(1, (how.experts, rank)).sum(1)
-    if adapter in layer.lora_moe_res_A:
-        a = torch.cat([a, layer.lora_moe_res_A[adapter]])
-        b = torch.cat([b, -layer.lora_moe_res_B[adapter]], 1)
-    return a.clone(), b.clone()
+    gate = gates.get(layer.name, (1.0,))
+    if adapter in layer.place:
+        block, index = layer.place[adapter]
+        gate = (gates[block][index],)
+    rows, columns = [], []  # (r, d_in) and (d_out, r)
+    residual = None
+    for product in layer.products(adapter):
+        b = product.b * (product.scale * gate[product.expert])
+        residual = product.residual
+        if rows and product.a is rows[-1]:  # one A: the experts' B add up
+            columns[-1] = columns[-1] + b
+        else:
+            rows.append(product.a)
+            columns.append(b)
+    if residual is not None:
+        rows.append(residual[0])
+        columns.append(-residual[1])
+    return torch.cat(rows), torch.cat(columns, 1)
 
 
 @torch.no_grad()

@@ -8,16 +8,13 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.balance import REDUCTIONS
-from htsr_alloc.lora_moe.init import SEGMENTS
 from htsr_alloc.lora_moe.register import LORA_MOE
+from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, system_of
+from htsr_alloc.lora_moe.systems.base import choose, positive
 
-SYSTEMS = ("alphalora", "goat", "goat_plus", "mor", "em_lora", "hydra", "adamole")
-GOAT = ("goat", "goat_plus")
-DENSE = ("mor", "hydra")  # all experts always: no top_k, no balance loss
-POOLERS = ("last", "mean", "max", "attention")
-WEIGHTINGS = ("prob", "straight_through")
 FORMAT_VERSION = 1
 
 
@@ -27,20 +24,19 @@ class LoraMoeConfig(PeftConfig):
 
     Args:
         r: rank of one expert.
-        lora_alpha: the scale is lora_alpha / r, except GOAT's.
+        lora_alpha: the scale is lora_alpha / r; for GOAT see goat_scale.
         lora_dropout: on the experts' input, never on the router's.
         target_modules: names, ends of names, a regular expression, or "all-linear". Default:
-            every linear but the head; for MoR those of the feed-forward block.
-        exclude_modules: as target_modules, left out.
+            every linear but the head, or the system's ``targets``.
+        exclude_modules: linears that stay as they are, written as target_modules.
         num_experts: N wherever expert_pattern says nothing. 1 is plain LoRA.
         expert_pattern: N by layer ("model.layers.3", "layers.3") or module ("q_proj", a full
             name), each a regular expression for whole name parts. A full module name wins over
             the rest; two others that disagree on a module are refused. 0 means no adapter.
         top_k: experts a token uses; min(top_k, N) where a module has fewer.
         top_k_pattern: top_k by layer or module, as expert_pattern; more than N is refused.
-        system: alphalora (also MoLA), goat, goat_plus, mor, em_lora, hydra or adamole.
-        router_aux_loss_coef: weight of the balance loss. Default 1e-3, for EM-LoRA 1e-2; MoR and
-            HydraLoRA have none.
+        system: a name in ``systems.SYSTEMS``; alphalora is MoLA too.
+        router_aux_loss_coef: weight of the balance loss; default the system's ``balance_coef``.
         router_aux_loss_reduction: how the modules' losses (1 each at balance) become one:
             "layers" sums over layers the mean of a layer's modules (as MoLA does), "sum" adds
             all modules (GOAT), "mean" averages them.
@@ -61,16 +57,16 @@ class LoraMoeConfig(PeftConfig):
         HtsrError: a value out of its range, or settings that contradict each other.
     """
 
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
+    r: int = Lora.r
+    lora_alpha: float = Lora.lora_alpha
+    lora_dropout: float = Lora.lora_dropout
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     num_experts: int = 8
     expert_pattern: dict[str, int] = field(default_factory=dict)
     top_k: int = 2
     top_k_pattern: dict[str, int] = field(default_factory=dict)
-    system: str = "alphalora"
+    system: str = DEFAULT
     router_aux_loss_coef: float | None = None
     router_aux_loss_reduction: str = "layers"
     init_lora_weights: bool | Literal["gaussian"] = True
@@ -93,21 +89,10 @@ class LoraMoeConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        choices = (
-            ("system", SYSTEMS),
-            ("router_aux_loss_reduction", REDUCTIONS),
-            ("goat_segment", SEGMENTS),
-            ("goat_scale", ("theorem", "alpha")),
-            ("em_pooler", POOLERS),
-            ("em_weighting", WEIGHTINGS),
-            ("init_lora_weights", (True, "gaussian")),
-        )
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise HtsrError(
-                    f"{name} cannot be {getattr(self, name)!r}.",
-                    f"Choose from {', '.join(map(str, allowed))}.",
-                )
+        system_of(self.system)
+        choose(self, "router_aux_loss_reduction", REDUCTIONS)
+        choose(self, "init_lora_weights", (True, "gaussian"))
+        positive(self, "lora_alpha")
         for name, least in (("r", 1), ("num_experts", 0), ("top_k", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -118,42 +103,33 @@ class LoraMoeConfig(PeftConfig):
                     raise HtsrError(f"{pattern}[{key!r}] must be at least {least}, not {value!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise HtsrError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.")
-        for name in ("lora_alpha", "goat_rho", "goat_eta"):
-            if not getattr(self, name) > 0:
-                raise HtsrError(f"{name} must be positive, not {getattr(self, name)!r}.")
         if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
-            raise HtsrError("router_aux_loss_coef cannot be negative.")
-        if self.system in DENSE and self.router_aux_loss_coef:
-            raise HtsrError(
-                f"{self.system} gives every token all experts and has no balance loss.",
-                "Leave router_aux_loss_coef out.",
-            )
-        if self.system in (*DENSE, "adamole", "em_lora") and self.top_k_pattern:
-            raise HtsrError(f"{self.system} has no top_k, so that top_k_pattern means nothing.")
-        if self.em_dora and self.system != "em_lora":
-            raise HtsrError("em_dora is EM-LoRA's variant.", "Set system='em_lora'.")
+            raise HtsrError("router_aux_loss_coef must not be negative.")
+        for system in SYSTEMS.values():
+            system.check(self)
 
     @property
     def aux_coef(self) -> float:
         """router_aux_loss_coef, or the system's own default."""
         if self.router_aux_loss_coef is not None:
             return self.router_aux_loss_coef
-        return {"mor": 0.0, "hydra": 0.0, "em_lora": 1e-2}.get(self.system, 1e-3)
+        return SYSTEMS[self.system].balance_coef
 
     def experts_of(self, module: str) -> int:
         """N of the module with this full name."""
-        if self.system == "em_lora":  # the module is itself one expert of its layer
-            return min(_lookup(self.expert_pattern, module, 1, "expert_pattern"), 1)
-        return _lookup(self.expert_pattern, module, self.num_experts, "expert_pattern")
+        listed = _lookup(self.expert_pattern, module, "expert_pattern")
+        return SYSTEMS[self.system].count(self, listed)
 
     def top_k_of(self, module: str) -> int:
-        """min(top_k, N) of the module with this full name.
+        """min(top_k, N) of the module with this full name; N where the system has no top_k.
 
         Raises:
             HtsrError: top_k_pattern asks for more experts than the module has.
         """
         experts = self.experts_of(module)
-        asked = _lookup(self.top_k_pattern, module, None, "top_k_pattern")
+        if not SYSTEMS[self.system].has_top_k:
+            return experts
+        asked = _lookup(self.top_k_pattern, module, "top_k_pattern")
         if asked is not None and asked > experts:
             raise HtsrError(
                 f"top_k_pattern asks for {asked} of {experts} experts on {module}.",
@@ -188,7 +164,7 @@ def matches(pattern: str, module: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})(\..*)?", module) is not None
 
 
-def _lookup(patterns: dict[str, int], module: str, default: Any, what: str) -> Any:
+def _lookup(patterns: dict[str, int], module: str, what: str) -> int | None:
     if module in patterns:
         return patterns[module]
     found = {key: value for key, value in patterns.items() if matches(key, module)}
@@ -197,4 +173,4 @@ def _lookup(patterns: dict[str, int], module: str, default: Any, what: str) -> A
             f"{what}: {' and '.join(map(repr, found))} disagree on {module}.",
             "Make the patterns disjoint, or name the module in full.",
         )
-    return next(iter(found.values()), default)
+    return next(iter(found.values()), None)

@@ -2,80 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import balance, experts, gates, parameters
-from htsr_alloc.lora_moe.config import DENSE, GOAT, LoraMoeConfig
-from htsr_alloc.lora_moe.linears import base_weight, features, is_plain
+from htsr_alloc.lora_moe import balance, gates
+from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.linears import adapter_dtype, base_weight, features
 from htsr_alloc.lora_moe.state import RouterState
+from htsr_alloc.lora_moe.systems import SYSTEMS, Product, System
+from htsr_alloc.lora_moe.systems.base import Inputs
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    names = (f"lora_moe_{name}" for s in SYSTEMS.values() for name in getattr(s, kind))
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Mixture:
     """What one adapter does on one linear; where each expert has a scale, ``scale`` is 1."""
 
-    system: str
+    system: System
+    config: LoraMoeConfig
     experts: int
     top_k: int
     scale: float
-    weighting: str = "prob"
-    dora: bool = False
 
 
 class LoraMoeLinear(nn.Module, BaseTunerLayer):
-    """y = W₀x + Δ(x), Δ by the active adapters' systems (METHODS 4).
+    """y = W₀x + Δ(x), Δ by the active adapters' systems.
 
-    Shapes by adapter: A (N r, d_in), or (r, d_in) shared; B (d_out, N r), or (d_out, r) for MoR;
-    router (N, d_in), absent where N = 1; lambda_A (N, r); lambda_B (N, d_out). For GOAT the
-    frozen res_A (N r, d_in) and res_B (d_out, N r) hold W_res = res_B res_A, which is taken off
-    in the forward pass and never from W₀: the base's weight stays exact, whatever its dtype.
+    Each system names its parameters and their shapes; all have A, B and, where N > 1, a router
+    (N, d_in). Those that are frozen are saved with the adapter too.
     """
 
-    adapter_layer_names = (
-        "lora_moe_A",
-        "lora_moe_B",
-        "lora_moe_router",
-        "lora_moe_lambda_A",
-        "lora_moe_lambda_B",
-        "lora_moe_tau",
-        "lora_moe_tau_bias",
-        "lora_moe_magnitude",
-        "lora_moe_pool",
-        "lora_moe_numerator",
-        "lora_moe_denominator",
-    )
-    frozen_names = tuple(f"lora_moe_{name}" for name in parameters.FROZEN)
-    other_param_names = (
-        *frozen_names,
-        "lora_moe_dropout",
-        "mixture",
-        "aux_weight",
-        "em_place",
-        "em_pooler",
-    )
+    adapter_layer_names = _names("trained")
+    frozen_names = _names("frozen")
+    other_param_names = (*frozen_names, "lora_moe_dropout", "mixture", "aux_weight", "place")
 
     base_layer: nn.Module
     lora_moe_A: nn.ParameterDict
     lora_moe_B: nn.ParameterDict
     lora_moe_router: nn.ParameterDict
-    lora_moe_lambda_A: nn.ParameterDict
-    lora_moe_lambda_B: nn.ParameterDict
-    lora_moe_tau: nn.ParameterDict
-    lora_moe_tau_bias: nn.ParameterDict
-    lora_moe_magnitude: nn.ParameterDict
-    lora_moe_pool: nn.ParameterDict
-    lora_moe_numerator: nn.ParameterDict
-    lora_moe_denominator: nn.ParameterDict
-    lora_moe_res_A: nn.ParameterDict
-    lora_moe_res_B: nn.ParameterDict
-    lora_moe_scale: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, name: str, state: RouterState) -> None:
         super().__init__()
@@ -88,8 +62,8 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.lora_moe_dropout = nn.ModuleDict()
         self.mixture: dict[str, Mixture] = {}
         self.aux_weight: dict[str, float] = {}
-        self.em_place: dict[str, tuple[str, int]] = {}  # the block, and which expert of it
-        self.em_pooler: dict[str, str] = {}  # where this linear holds its block's router
+        # Where a router stands before a whole block: the block, and which of its experts this is.
+        self.place: dict[str, tuple[str, int]] = {}
         self.router_aux_loss: Tensor | None = None  # weighted, of the latest training pass
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -98,34 +72,24 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         """Add an adapter: its parameters in float32 (float64 on such a base), started.
 
         Raises:
-            HtsrError: EM-DoRA, or the start of GOAT, on a quantised base.
+            HtsrError: a weight that the system cannot adapt, or start from.
         """
-        n, weight = config.experts_of(self.name), base_weight(self.base_layer)
-        if config.em_dora and not is_plain(weight):
-            raise HtsrError(
-                f"{self.name} is quantised, and EM-DoRA needs the norms of its rows in every pass, "
-                "which its integers do not show.",
-                "Leave em_dora out, or use the unquantised model.",
-            )
-        dtype, own = parameters.dtype_of(weight), {}
-        found = parameters.shapes(config, n, self.in_features, self.out_features)
+        system, weight = SYSTEMS[config.system], base_weight(self.base_layer)
+        system.admit(config, self.name, weight)
+        n, dtype, own = config.experts_of(self.name), adapter_dtype(weight), {}
+        found = system.shapes(config, n, self.in_features, self.out_features)
         for name, shape in found.items():
             values = torch.zeros(shape, dtype=dtype, device=weight.device)
-            own[name] = nn.Parameter(values, requires_grad=name not in parameters.FROZEN)
+            own[name] = nn.Parameter(values, requires_grad=name not in system.frozen)
             getattr(self, f"lora_moe_{name}")[adapter] = own[name]
         # With a probe the values come from a file; on the meta device there are none.
         if config.base_probe is None and weight.device.type != "meta":
-            parameters.start(own, config, self.name, weight)
+            with torch.no_grad():
+                system.start(own, config, self.name, weight)
         drop = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_moe_dropout[adapter] = drop
-        self.mixture[adapter] = Mixture(
-            system=config.system,
-            experts=n,
-            top_k=config.top_k_of(self.name),
-            scale=1.0 if "scale" in own else parameters.scale_of(config, self.in_features),
-            weighting=config.em_weighting,
-            dora=config.em_dora,
-        )
+        scale = system.scale(config, self.in_features)
+        self.mixture[adapter] = Mixture(system, config, n, config.top_k_of(self.name), scale)
         self.aux_weight[adapter] = 0.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -141,68 +105,24 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
 
     def adapt(self, result: Tensor, x: Tensor, adapter: str, base: Tensor) -> Tensor:
         """``result`` plus Δ(x) of one adapter; ``base`` is W₀x. (..., d_out)."""
-        how = self.mixture[adapter]
-        a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        x_a = x if autocast else x.to(a.dtype)
-        dropped = self.lora_moe_dropout[adapter](x_a) if self.training else x_a
-        if how.system in GOAT:
-            residual = F.linear(x_a, self.lora_moe_res_A[adapter])
-            result = experts.add_product(result, residual, self.lora_moe_res_B[adapter], -1.0)
-        if how.system == "em_lora":
-            return self._add_chosen(result, F.linear(dropped, a), adapter, base)
-        if how.experts == 1:
-            hidden = F.linear(dropped, a)
-            gate = torch.ones_like(hidden[..., :1])
-        else:
-            router = self.lora_moe_router[adapter]
-            if dropped is x_a and not autocast and gates.is_wide(a.dtype):
-                hidden, logits = experts.project(x_a, a, router)
-            else:
-                hidden, logits = F.linear(dropped, a), gates.router_logits(x, router)
-            gate = self._balanced(self._gate(logits, x, adapter), adapter)
-        if how.system == "goat_plus":
-            gate = gate * self.lora_moe_scale[adapter]
-        if how.system == "mor":
-            gate = gate.unsqueeze(-1) * self.lora_moe_lambda_A[adapter]  # (..., N, r)
-            b = experts.scaled_b(b, self.lora_moe_lambda_B[adapter])
-        return experts.dense_experts(result, hidden, b, gate, how.scale)
-
-    def _add_chosen(self, result: Tensor, hidden: Tensor, adapter: str, base: Tensor) -> Tensor:
-        """EM-LoRA: this linear's expert, weighted by its block's router. (B, S, d_out)."""
-        key, index = self.em_place[adapter]
-        decision = self.state.current.decisions.get((key, adapter))
-        if decision is None or hidden.dim() != 3 or len(hidden) != len(decision):
-            raise HtsrError(
-                f"{self.name} was called without its layer's router or its (batch, token) shape.",
-                "EM-LoRA needs the whole model.",
-            )
-        how, gate = self.mixture[adapter], decision[:, index].to(hidden.dtype).view(-1, 1, 1)
-        a, b = self.lora_moe_A[adapter], self.lora_moe_B[adapter]
-        if not how.dora:
-            return experts.add_product(result, hidden * gate, b, how.scale)
-        low_rank = F.linear(hidden, b) * how.scale
-        bias = getattr(self.base_layer, "bias", None)
-        clean = base.to(low_rank.dtype) if bias is None else (base - bias).to(low_rank.dtype)
-        norm = experts.row_norm(base_weight(self.base_layer), a, b, how.scale)
-        magnitude = self.lora_moe_magnitude[adapter]
-        return result + gate * experts.dora_delta(clean, low_rank, magnitude, norm)
+        own = x
+        if not torch.is_autocast_enabled(x.device.type):
+            own = x.to(self.lora_moe_A[adapter].dtype)
+        dropped = self.lora_moe_dropout[adapter](own) if self.training else own
+        system = self.mixture[adapter].system
+        return system.delta(self, adapter, result, Inputs(x, own, dropped, base))
 
     def route(self, x: Tensor, adapter: str) -> gates.Routing:
         """The router's decision on every token of x (..., d_in); needs N > 1."""
-        return self._gate(gates.router_logits(x, self.lora_moe_router[adapter]), x, adapter)
+        logits = gates.router_logits(x, self.lora_moe_router[adapter])
+        return self.mixture[adapter].system.gate(self, adapter, logits, x)
 
-    def _gate(self, logits: Tensor, x: Tensor, adapter: str) -> gates.Routing:
-        how = self.mixture[adapter]
-        if how.system == "adamole":
-            tau, bias = self.lora_moe_tau[adapter], self.lora_moe_tau_bias[adapter]
-            return gates.threshold(logits, gates.router_logits(x, tau, bias))
-        if how.system in DENSE:
-            return gates.dense_softmax(logits)
-        return gates.top_k_softmax(logits, how.top_k)
+    def balanced(self, routing: gates.Routing, adapter: str, masked: bool = True) -> Tensor:
+        """The gate weights, with the balance loss's gradient attached while training.
 
-    def _balanced(self, routing: gates.Routing, adapter: str) -> Tensor:
-        """The gate weights, with the balance loss's gradient attached while training."""
+        Args:
+            masked: whether the router's rows are tokens, of which padding is left out.
+        """
         weight = self.aux_weight[adapter]
         if not self.training or weight == 0:
             return routing.weights
@@ -210,11 +130,15 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         loss = weight * balance.load_balance(
             routing.probs.flatten(0, -2),
             routing.chosen.flatten(0, -2),
-            now.mask(routing.weights.shape[:-1], self.name),
-            1 if how.system == "adamole" else how.top_k,
+            now.mask(routing.weights.shape[:-1], self.name) if masked else None,
+            how.top_k if how.system.has_top_k else 1,
         )
         self.router_aux_loss = loss.detach()
         return balance.inject(routing.weights, loss, now.scale)
+
+    def products(self, adapter: str) -> Iterator[Product]:
+        """The low-rank product of each expert of one adapter."""
+        return self.mixture[adapter].system.products(self, adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always refused."""

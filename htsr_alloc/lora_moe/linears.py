@@ -1,8 +1,11 @@
-"""What counts as a linear, and its weight and widths."""
+"""What counts as a linear, and its weight, widths and block."""
 
 from __future__ import annotations
 
+import re
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
@@ -26,21 +29,41 @@ def is_plain(weight: Tensor) -> bool:
     return weight.dtype in floats and type(weight.data).__module__.partition(".")[0] == "torch"
 
 
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """An adapter's dtype on a weight: float32, or float64 on such a base."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear, quantised ones too; None of any other module."""
+    if type(module).__name__ == "Conv1D":
+        d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
+        return int(d_in), int(d_out)
+    named = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+    if named and not isinstance(module, BaseTunerLayer):
+        d_in = getattr(module, "in_features", getattr(module, "infeatures", None))
+        d_out = getattr(module, "out_features", getattr(module, "outfeatures", None))
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return d_in, d_out
+    return None
+
+
 def features(base_layer: nn.Module, name: str) -> tuple[int, int]:
     """(d_in, d_out) of a linear.
 
     Raises:
         HtsrError: another kind of module.
     """
-    if type(base_layer).__name__ == "Conv1D":
-        d_in, d_out = base_layer.weight.shape  # type: ignore[union-attr, misc]
-        return int(d_in), int(d_out)
-    if isinstance(base_layer, nn.Linear) or "Linear" in type(base_layer).__name__:
-        d_in = getattr(base_layer, "in_features", getattr(base_layer, "infeatures", None))
-        d_out = getattr(base_layer, "out_features", getattr(base_layer, "outfeatures", None))
-        if isinstance(d_in, int) and isinstance(d_out, int):
-            return d_in, d_out
-    raise HtsrError(
-        f"{name} is a {type(base_layer).__name__}, and only linear modules can have experts.",
-        "Change target_modules.",
-    )
+    found = widths(base_layer)
+    if found is None:
+        raise HtsrError(
+            f"{name} is a {type(base_layer).__name__}, and only linear modules can have experts.",
+            "Change target_modules.",
+        )
+    return found
+
+
+def block_of(name: str) -> str:
+    """The transformer layer that a module is in: its name up to the first number."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return match[0] if match else name.rpartition(".")[0]

@@ -11,16 +11,14 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import em, probe
+from htsr_alloc.lora_moe import probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
-from htsr_alloc.lora_moe.linears import base_weight
+from htsr_alloc.lora_moe.linears import base_weight, block_of
 from htsr_alloc.lora_moe.passes import PassHooks
 from htsr_alloc.lora_moe.register import NAME, register
 from htsr_alloc.lora_moe.state import STATE, RouterState
-
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
-                "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip
+from htsr_alloc.lora_moe.systems import SYSTEMS
 
 
 class LoraMoeModel(BaseTuner):
@@ -37,13 +35,15 @@ class LoraMoeModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
-            if peft_config.system == "mor":
+            system = SYSTEMS[peft_config.system]
+            if system.targets:
                 names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-                found = names.intersection(FEED_FORWARD)
+                found = names.intersection(system.targets)
                 if not found:
                     raise HtsrError(
-                        "MoR adapts the feed-forward linears, and none was recognised.",
-                        "Name them in target_modules.",
+                        f"{system.title} adapts {', '.join(system.targets)}, and the model has "
+                        "no such linear.",
+                        "Name some in target_modules.",
                     )
                 peft_config.target_modules = found
         return peft_config
@@ -95,12 +95,7 @@ class LoraMoeModel(BaseTuner):
                         f"{kind}: {pattern!r} matches no adapted module.",
                         f"The first adapted module is {next(iter(layers))}.",
                     )
-        if config.system == "em_lora":
-            blocks: dict[str, list[LoraMoeLinear]] = {}
-            for name, layer in layers.items():
-                blocks.setdefault(layer_key(name), []).append(layer)
-            em.attach(model, blocks, adapter_name, config, state_of(model))
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        SYSTEMS[config.system].attach(model, layers, adapter_name, config, state_of(model))
         _weigh_losses(layers, adapter_name, config)
         config._probe = config.base_probe or {
             name: probe.take(layer.base_layer) for name, layer in layers.items()
@@ -124,8 +119,6 @@ class LoraMoeModel(BaseTuner):
         state: RouterState | None = model.__dict__.pop(STATE, None)
         for handle in state.handles if state is not None else ():
             handle.remove()
-        for name in em.GENERATORS:
-            model.__dict__.pop(name, None)
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -153,17 +146,11 @@ def state_of(model: nn.Module) -> RouterState:
     return state
 
 
-def layer_key(name: str) -> str:
-    """The transformer layer that a module is in: its name up to the first number."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return match[0] if match else name.rpartition(".")[0]
-
-
 def _weigh_losses(layers: dict[str, LoraMoeLinear], adapter: str, config: LoraMoeConfig) -> None:
     """Each router's weight in the sum, by router_aux_loss_reduction."""
     routed = {n: m for n, m in layers.items() if adapter in m.lora_moe_router}
     for name, layer in routed.items():
-        same = [n for n in routed if layer_key(n) == layer_key(name)]
+        same = [n for n in routed if block_of(n) == block_of(name)]
         parts = {"sum": 1, "mean": len(routed), "layers": len(same)}
         layer.aux_weight[adapter] = config.aux_coef / parts[config.router_aux_loss_reduction]
 

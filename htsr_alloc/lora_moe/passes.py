@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr_alloc.lora_moe.generation import read_prompt
 from htsr_alloc.lora_moe.state import DECODER, ENCODER, Pass, RouterState
 
 
@@ -82,8 +81,8 @@ class PassHooks:
         device = next(model.parameters()).device
         before = self.state.current
         self.state.current = now = Pass(masks, device)
-        if self.state.by_prompt:
-            read_prompt(given, given.get(ENCODER), now, before, self.state.generation)
+        for hook in self.state.before_pass:
+            hook(given, now, before)
         labels, items = given.get("labels"), given.get("num_items_in_batch")
         if isinstance(labels, Tensor) and items is not None:
             # Counted as transformers' Trainer counts its items, so that the shares sum to 1.

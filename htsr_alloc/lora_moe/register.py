@@ -1,10 +1,10 @@
-"""The one place where PEFT is told of a method of our own.
+"""Registers the method with PEFT, here and nowhere else.
 
 PEFT keeps its methods in an enum, ``PeftType``, and ``register_peft_method`` takes only names
 that are in it. Enums cannot be extended by inheritance once they have members, so the member is
 added to the enum's own tables, which Python has kept under these names from 3.4 to 3.14. Nothing
 else of PEFT is touched. Known to work with peft 0.20 to 0.21; the extra ``train`` says so, and
-``tests/test_lora_moe_register.py`` runs against whichever is installed.
+``tests/lora_moe/test_register.py`` runs against whichever is installed.
 """
 
 from __future__ import annotations

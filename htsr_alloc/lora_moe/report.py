@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.gates import Routing
 from htsr_alloc.lora_moe.model import layers_of
-from htsr_alloc.lora_moe.state import STATE, RouterState
+from htsr_alloc.lora_moe.state import state_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """One router over a data set; padding is left out.
+    """One router over a data set; padding is not counted.
 
     Attributes:
-        name: the linear, or for EM-LoRA the transformer layer, whose experts are its linears.
-        tokens: how many tokens (EM-LoRA: prompts) were routed.
+        name: the linear; or the transformer layer, where its linears are the experts (EM-LoRA).
+        tokens: how many tokens were routed; prompts, where those are.
         load: share of all choices that fell on each expert; sums to 1.
         idle: share of tokens that do not use each expert.
         gate: mean weight of each expert.
@@ -50,9 +51,10 @@ class _Sums:
         self.gate: Any = 0
         self.entropy: Any = 0
 
-    def add(self, weights: Tensor, chosen: Tensor, probs: Tensor, mask: Tensor | None) -> None:
-        """weights, chosen, probs: (T, N). mask: (T,)."""
-        weights, probs = weights.double(), probs.double()
+    def add(self, routing: Routing, mask: Tensor | None) -> None:
+        """routing: (..., N). mask: (T,), false for padding."""
+        flat = (x.flatten(0, -2).double() for x in (routing.weights, routing.chosen, routing.probs))
+        weights, chosen, probs = flat  # (T, N)
         kept = torch.ones_like(probs[:, 0]) if mask is None else mask.double()
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens = self.tokens + kept.sum()
@@ -85,30 +87,25 @@ def routing_report(
         HtsrError: no batch, or no router.
     """
     sums: dict[str, _Sums] = {}
-    adapter = adapter or _active(model)
-    state = _state(model)
+    state = state_in(model)
+    if state is None:
+        raise HtsrError("The model has no LoRA-MoE adapter.")
+    adapter = adapter or next(layers_of(model)).active_adapters[0]
 
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
         if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
-            routing = layer.route(x, adapter)
             mask = state.current.mask(x.shape[:-1], layer.name)
-            sums.setdefault(layer.name, _Sums()).add(
-                routing.weights.flatten(0, -2),
-                routing.chosen.flatten(0, -2),
-                routing.probs.flatten(0, -2),
-                mask,
-            )
+            sums.setdefault(layer.name, _Sums()).add(layer.route(x, adapter), mask)
 
     with evaluating(model), torch.no_grad():
         hooks = [layer.register_forward_pre_hook(look) for layer in layers_of(model)]
         try:
             for batch in batches:
                 model(**batch)
-                for (block, name), weights in state.current.decisions.items():
+                for (block, name), routing in state.current.decisions.items():
                     if name == adapter:
-                        probs = state.current.probs[(block, name)]
-                        sums.setdefault(block, _Sums()).add(weights, weights > 0, probs, None)
+                        sums.setdefault(block, _Sums()).add(routing, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -128,43 +125,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(before)
 
 
-def _active(model: Any) -> str:
-    return next(layers_of(model)).active_adapters[0]
-
-
-def _state(model: nn.Module) -> RouterState:
-    for module in model.modules():
-        if STATE in module.__dict__:
-            return module.__dict__[STATE]
-    raise HtsrError("The model has no LoRA-MoE adapter.")
-
-
 def plot_routing(reports: list[RouterReport], path: str | Path | None = None) -> Figure:
     """A heat map, one row a router and one column an expert: its load times N (1 is balance).
 
     Args:
         path: a file to write as well, in any format of matplotlib's.
     """
-    from matplotlib.figure import Figure
+    from htsr_alloc import style
 
     most = max(len(row.load) for row in reports)
-    figure = Figure(figsize=(2 + 0.5 * most, 1 + 0.18 * len(reports)), layout="constrained")
-    axes = figure.add_subplot()
-    draw_load(axes, reports)
-    axes.set_yticks(range(len(reports)), [row.name for row in reports], fontsize=5)
-    axes.set_xticks(range(most))
-    if path is not None:
-        figure.savefig(path)
+    with style.look():
+        figure = style.new_figure(max(3.5, 2 + 0.5 * most), max(1.8, 1 + 0.18 * len(reports)))
+        axes = figure.add_subplot()
+        draw_load(axes, reports)
+        names = [style.plain(row.name) for row in reports]
+        axes.set_yticks(range(len(reports)), names, fontsize=5)
+        if path is not None:
+            figure.savefig(path)
     return figure
 
 
 def draw_load(axes: Axes, reports: list[RouterReport]) -> None:
     """The heat map and its colour bar, on axes of a figure."""
+    from matplotlib.ticker import MaxNLocator
+
+    from htsr_alloc.style import COLOUR_MAP
+
     most = max(len(row.load) for row in reports)
     cells = [
         [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
         for row in reports
     ]
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    image = axes.imshow(cells, aspect="auto", cmap=COLOUR_MAP, vmin=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert")
     axes.figure.colorbar(image, ax=axes, label="load times N (1 is balance)")

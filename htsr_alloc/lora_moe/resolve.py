@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.model import FEED_FORWARD
+from htsr_alloc.lora_moe.linears import widths
 from htsr_alloc.records import Allocation, Evidence
 
 
@@ -85,13 +85,9 @@ def _is_stack(blocks: nn.ModuleList) -> bool:
     """Whether a list of modules is one of transformer layers: blocks that hold linears."""
     if len(blocks) == 0 or len({type(block) for block in blocks}) > 2:
         return False
-    return all(any(_is_linear(m) for m in block.modules()) for block in blocks) and not any(
-        _is_linear(block) for block in blocks
+    return all(any(widths(m) is not None for m in block.modules()) for block in blocks) and not any(
+        widths(block) is not None for block in blocks
     )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def resolve_modules(
@@ -99,11 +95,14 @@ def resolve_modules(
     prefixes: Sequence[str],
     allocation: Allocation,
     targets: Sequence[str] | None,
-    system: str = "alphalora",
+    usual: Sequence[str] = (),
 ) -> dict[str, list[str]]:
-    """Block -> full names of the linears to adapt; those without experts are left out.
+    """Block -> full names of the linears to adapt; those without experts are skipped.
 
     Where the allocation lists linears (by the model's own names), no other is adapted.
+
+    Args:
+        targets: ends of names. usual: last parts of names, where ``targets`` is None; empty: all.
 
     Raises:
         HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
@@ -113,12 +112,12 @@ def resolve_modules(
         raise HtsrError(
             "build takes target_modules as a list of names.", "Or leave it out for every linear."
         )
-    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    linears = [name for name, module in model.named_modules() if widths(module)]
     listed = {module.name: module.experts for module in allocation.modules}
     for name in listed:
         if name not in linears:
             raise HtsrError(
-                f"The allocation lists {name}, which is no linear of the model.",
+                f"The allocation lists {name}, which is not a linear of the model.",
                 "Give the model that the allocation was made for.",
             )
     chosen: dict[str, list[str]] = {}
@@ -127,8 +126,8 @@ def resolve_modules(
         inside = [name for name in linears if name.startswith(prefix + ".")]
         if listed:
             inside = [name for name in inside if name in listed]
-        elif targets is None and system == "mor":
-            inside = [n for n in inside if n.rpartition(".")[2] in FEED_FORWARD]
+        elif targets is None and usual:
+            inside = [n for n in inside if n.rpartition(".")[2] in usual]
         if targets is not None:
             matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
             for target, names in matched.items():
@@ -152,5 +151,5 @@ def resolve_modules(
         if not names:
             raise HtsrError(f"{prefix} has no linear to adapt.", "Change target_modules.")
     if not chosen:
-        raise HtsrError("No layer has an expert, so that there is nothing to train.")
+        raise HtsrError("No layer has an expert: there is nothing to train.")
     return chosen

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.gates import Routing
 
 STATE = "lora_moe_state"  # attribute of the adapted model
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
@@ -30,7 +31,7 @@ class Generation:
     """
 
     length: int
-    decisions: dict[tuple[str, str], Tensor] | None = None
+    decisions: dict[tuple[str, str], Routing] | None = None
 
 
 class Pass:
@@ -40,8 +41,9 @@ class Pass:
         masks: 2-d token masks by argument name, (B, S); None where the model was given none.
         scale: 0-d float32, the gradient of the model's loss times share; known in backward.
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
-        prompt: (B, S), EM-LoRA's prompt tokens; None where its choice is made already.
-        decisions: its gate weights (B, N) by block and adapter. probs: its p likewise.
+        prompt: (B, S), which tokens are a prompt's, for routers that choose by it; None where
+            their choice is made already.
+        decisions: the choice (B, N) of routers before a block, by block and adapter.
     """
 
     def __init__(
@@ -52,8 +54,7 @@ class Pass:
         self.share: Tensor | float = 1.0
         self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
-        self.decisions: dict[tuple[str, str], Tensor] = {}
-        self.probs: dict[tuple[str, str], Tensor] = {}
+        self.decisions: dict[tuple[str, str], Routing] = {}
 
     def mask(self, shape: torch.Size, name: str) -> Tensor | None:
         """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
@@ -72,7 +73,7 @@ class Pass:
             return found.reshape(-1)
         raise HtsrError(
             f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
-            "that padding cannot be left out of the balance loss.",
+            "the balance loss cannot skip padding.",
             "Exclude this module, or set router_aux_loss_coef=0.",
         )
 
@@ -84,14 +85,15 @@ class RouterState:
         self.current = Pass()
         self.total: Tensor | None = None
         self.passes = 0
-        self.handles: list[Any] = []  # of the hooks on the model
-        self.routed: dict[str, Any] = {}  # EM-LoRA's BlockRouter of each block
+        self.handles: list[Any] = []  # of what was put on the model, each with remove()
+        self.before_pass: list[Callable[[dict[str, Any], Pass, Pass], None]] = []
+        self.block_routers: dict[str, Any] = {}  # by block, where one stands before it
         self.generation: Generation | None = None  # while the model's generate runs
 
     @property
     def by_prompt(self) -> bool:
-        """Whether an EM-LoRA adapter is active."""
-        return any(router.active() for router in self.routed.values())
+        """Whether an adapter is active that routes by the prompt."""
+        return any(router.active() for router in self.block_routers.values())
 
     def add(self, value: Tensor) -> None:
         """Count one pass's weighted loss; nothing waits for the device."""
@@ -105,3 +107,9 @@ class RouterState:
         mean = float(self.total) / self.passes
         self.total, self.passes = None, 0
         return mean
+
+
+def state_in(model: nn.Module) -> RouterState | None:
+    """The state of the adapted model that this is or holds; None without a LoRA-MoE adapter."""
+    found = (module.__dict__.get(STATE) for module in model.modules())
+    return next((state for state in found if state is not None), None)

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import build, control
-from htsr_alloc.lora_moe.config import SYSTEMS, LoraMoeConfig
+from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.causal import refuse_unless_causal
@@ -27,10 +28,10 @@ LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
 class Adapter:
     """What is put on a model; the defaults are the AlphaLoRA paper's.
 
-    A layer of N experts gets plain LoRA of rank N r, rounded, so that there r may be a fraction.
+    Plain LoRA gets rank N r, rounded, on a layer of N experts; r may then be a fraction.
     """
 
-    system: str = "alphalora"
+    system: str = DEFAULT
     r: float = Lora.r
     lora_alpha: float = Lora.lora_alpha
     lora_dropout: float = Lora.lora_dropout
@@ -43,19 +44,19 @@ class Adapter:
             HtsrError: an unknown system; an allocation where the system takes none, or none where
                 it takes one; an allocation that does not fit the model.
         """
-        if self.system not in (LORA, *SYSTEMS):
+        system = SYSTEMS.get(self.system)
+        if system is None and self.system != LORA:
             raise HtsrError(
                 f"There is no system {self.system!r}.",
                 f"Choose from {', '.join((*SYSTEMS, LORA))}.",
             )
-        takes_one = self.system != "em_lora"
-        if takes_one != (allocation is not None):
-            raise HtsrError(
-                f"{self.system} needs an allocation file."
-                if takes_one
-                else "EM-LoRA's experts are a layer's linears, so that it takes no allocation.",
-                "htsr allocate writes one." if takes_one else "Leave the allocation out.",
-            )
+        if system is not None and not system.takes_allocation:
+            if allocation is not None:
+                raise HtsrError(
+                    f"{system.title} takes no allocation of experts.", "Remove the allocation."
+                )
+        elif allocation is None:
+            raise HtsrError(f"{self.system} needs an allocation file.", "htsr allocate writes one.")
         targets: Sequence[str] | None = list(self.target) or None
         shared: dict[str, Any] = {
             "r": self.r,

@@ -14,8 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import write_text
-from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback
-from htsr_alloc.lora_moe.bilevel import activation_parameters
+from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback, activation_parameters
 from htsr_alloc.training import saves
 from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.settings import Recipe

@@ -19,7 +19,7 @@ class Product:
 
     Attributes:
         a: (r, d_in). b: (d_out, r). scale: s.
-        residual: (d_out, d_in) that is taken off the weight (GOAT's), or None.
+        residual: (R, d_in) and (d_out, R), whose product is taken off the weight; or None.
         sums: whether the adapted weight is W + s B A (not so for DoRA).
     """
 
@@ -28,7 +28,7 @@ class Product:
     a: Tensor
     b: Tensor
     scale: float
-    residual: Tensor | None = None
+    residual: tuple[Tensor, Tensor] | None = None
     sums: bool = True
 
 
@@ -71,9 +71,12 @@ class Linear:
 
     def _products(self) -> list[Product]:
         if hasattr(self.module, "lora_moe_A"):
-            from htsr_alloc.lora_moe.products import expert_products
-
-            return [Product(*found) for found in expert_products(self.module)]
+            return [
+                Product(name, **vars(found))
+                for name in self.module.active_adapters
+                if name in self.module.mixture
+                for found in self.module.products(name)
+            ]
         if not hasattr(self.module, "lora_A"):
             return []
         dora = getattr(self.module, "use_dora", {})

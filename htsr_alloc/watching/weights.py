@@ -145,7 +145,7 @@ def spectra(
 
 @torch.no_grad()
 def merged(linear: Linear, product: Product) -> torch.Tensor:
-    """W + s B A in float64, (d_out, d_in); less GOAT's residual.
+    """W + s B A in float64, (d_out, d_in); less the residual.
 
     Raises:
         HtsrError: DoRA, which scales the rows of the sum.
@@ -156,7 +156,10 @@ def merged(linear: Linear, product: Product) -> torch.Tensor:
             "Watch kinds=['base', 'ba'].",
         )
     total = linear.weight.double() + product.scale * (product.b.double() @ product.a.double())
-    return total if product.residual is None else total - product.residual.double()
+    if product.residual is None:
+        return total
+    a, b = product.residual
+    return total - b.double() @ a.double()
 
 
 def _measured(

@@ -122,7 +122,7 @@ def test_two_stacks_and_conv1d():
         (given(2, 2), {"target_modules": ["w1"]}, "no linear w1"),
         (given(2, 2), {"target_modules": "all-linear"}, "list of names"),
         (given(2, 2), {"num_experts": 3}, "takes num_experts from the allocation"),
-        (given(2, 2), {"system": "em_lora"}, "no allocation of experts applies"),
+        (given(2, 2), {"system": "em_lora"}, "takes no allocation of experts"),
         (given(4, 2), {"top_k_pattern": {"layers.1": 3}}, "asks for 3 of 2 experts"),
     ],
 )
@@ -199,7 +199,7 @@ def test_the_control_of_linears():
 @pytest.mark.parametrize(
     ("allocation", "config", "sentence"),
     [
-        (by_linears([{"mlp.w1": 2}, {"mlp.w1": 2}]), {}, r"mlp\.w1, which is no linear"),
+        (by_linears([{"mlp.w1": 2}, {"mlp.w1": 2}]), {}, r"mlp\.w1, which is not a linear"),
         (by_linears(COUNTS), {"target_modules": ["v_proj"]}, "no linear v_proj"),
         (by_linears([{"mlp.up_proj": 0}, {"mlp.up_proj": 0}]), {}, "No layer has an expert"),
         (dataclasses.replace(by_linears(COUNTS), evidence=()), {}, "layer 0, which has no block"),

@@ -12,6 +12,7 @@ pytest.importorskip("peft", reason="needs the extra [train]")
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import gates, init
+from htsr_alloc.lora_moe.systems import goat
 
 SHAPES = [(12, 20), (20, 12)]
 
@@ -23,29 +24,29 @@ def weight(shape, seed=0):
 
 def test_segments():
     # h = 12, E = 3, d = 2, t = 4
-    assert init.segment_starts("O", 12, 3, 2) == [0, 4, 8]
-    assert init.segment_starts("P", 12, 3, 2) == [0, 2, 4]
-    assert init.segment_starts("M", 12, 3, 2) == [10, 8, 6]
-    drawn = init.segment_starts("R", 12, 3, 2, torch.Generator().manual_seed(0))
+    assert goat.segment_starts("O", 12, 3, 2) == [0, 4, 8]
+    assert goat.segment_starts("P", 12, 3, 2) == [0, 2, 4]
+    assert goat.segment_starts("M", 12, 3, 2) == [10, 8, 6]
+    drawn = goat.segment_starts("R", 12, 3, 2, torch.Generator().manual_seed(0))
     assert len(set(drawn)) == 3
     assert all(start % 2 == 0 and 0 <= start <= 10 for start in drawn)
     with pytest.raises(HtsrError, match="need 14 singular directions"):
-        init.segment_starts("O", 12, 7, 2)
+        goat.segment_starts("O", 12, 7, 2)
     with pytest.raises(HtsrError, match="no SVD segment 'Q'"):
-        init.segment_starts("Q", 12, 3, 2)
+        goat.segment_starts("Q", 12, 3, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("segment", init.SEGMENTS)
+@pytest.mark.parametrize("segment", goat.SEGMENTS)
 @pytest.mark.parametrize("plus", [False, True])
 def test_residual_is_the_segments_of_the_svd(shape, segment, plus):
     w = weight(shape)
-    scale = init.goat_scale(shape[1], 2)
+    scale = goat.goat_scale(shape[1], 2)
     assert scale == math.sqrt(3 * shape[1] / 2)
     seed = torch.Generator().manual_seed(5)
-    start = init.goat_start(w, 3, 2, segment=segment, scale=scale, plus=plus, generator=seed)
+    start = goat.goat_start(w, 3, 2, segment=segment, scale=scale, plus=plus, generator=seed)
     ours = start.b @ (start.scales.repeat_interleave(2).unsqueeze(1) * start.a) / 3
-    starts = init.segment_starts(segment, 12, 3, 2, torch.Generator().manual_seed(5))
+    starts = goat.segment_starts(segment, 12, 3, 2, torch.Generator().manual_seed(5))
     assert (ours - naive.goat_residual(w, starts, 2, 10)).abs().max() < 1e-12
     sigma = torch.linalg.svdvals(w)
     mass = [sum(sigma[s : s + 2]) for s in starts]
@@ -76,8 +77,8 @@ def test_expected_output_equals_the_base():
     """Theorem 3.4 over 20,000 routers: E[(W₀ − W_res)x + s Σ g_j B_j A_j x] = W₀x."""
     torch.manual_seed(0)
     w, x = weight((12, 20)), weight((20,), 1)
-    scale = init.goat_scale(20, 2)
-    start = init.goat_start(w, 3, 2, scale=scale)
+    scale = goat.goat_scale(20, 2)
+    start = goat.goat_start(w, 3, 2, scale=scale)
     outputs = torch.stack(
         [scale * b @ (a @ x) for a, b in zip(start.a.split(2), start.b.split(2, 1), strict=True)]
     )  # (E, d_out)
@@ -103,6 +104,6 @@ def test_bad_weights_are_refused():
     w = weight((12, 20))
     w[0, 0] = math.nan
     with pytest.raises(HtsrError, match="NaN or infinity"):
-        init.goat_start(w, 3, 2, scale=1.0)
+        goat.goat_start(w, 3, 2, scale=1.0)
     with pytest.raises(HtsrError, match="all zero"):
-        init.goat_start(torch.zeros(12, 20), 3, 2, scale=1.0, plus=True)
+        goat.goat_start(torch.zeros(12, 20), 3, 2, scale=1.0, plus=True)

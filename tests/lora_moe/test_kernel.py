@@ -144,7 +144,7 @@ def test_gradcheck(system):
 
 @pytest.mark.parametrize("how", ["last", "mean", "max", "attention"])
 def test_gradcheck_of_a_prompt_chosen_expert(how):
-    from htsr_alloc.lora_moe import prompt
+    from htsr_alloc.lora_moe.systems.em_lora import prompt
 
     hidden, a, b, router, vector, magnitude = tensors(
         torch.float64, (2, 4, D_IN), (R, D_IN), (D_OUT, R), (N, D_IN), (D_IN,), (D_OUT,)

@@ -91,7 +91,7 @@ def test_each_layer_adds_what_it_adds_to_floats(quantised):
 
 @pytest.mark.parametrize("system", ["goat", "goat_plus"])
 def test_goat_is_made_on_floats_and_loaded_on_integers(quantised, system, tmp_path):
-    with pytest.raises(HtsrError, match="is quantised, and GOAT needs its singular values") as told:
+    with pytest.raises(HtsrError, match="is quantised, and GOAT needs the singular values") as told:
         tiny.adapted(system, model=quantised())
     assert "Make and save the adapter on the unquantised model" in str(told.value.hint)
     made = tiny.adapted(system, model=plain(), trained=False)

@@ -75,7 +75,7 @@ def loss_of(model, system):
 def bilevel_trainer():
     from transformers import Trainer
 
-    from htsr_alloc.lora_moe.bilevel import BilevelMixin
+    from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin
 
     class BilevelTrainer(BilevelMixin, Trainer):
         pass

@@ -140,7 +140,7 @@ def test_conv1d():
 def test_each_expert_of_a_mixture(system, monkeypatch):
     """Against the layer itself on the unit vectors, all weight on one expert."""
     from htsr_alloc.lora_moe.gates import Routing
-    from htsr_alloc.lora_moe.layer import LoraMoeLinear
+    from htsr_alloc.lora_moe.systems import SYSTEMS
 
     model = tiny.adapted(
         system,
@@ -156,12 +156,12 @@ def test_each_expert_of_a_mixture(system, monkeypatch):
         layer = model.get_submodule(f"base_model.model.{row.module}")
         weight = layer.base_layer.weight.detach()
 
-        def one(self, logits, x, adapter, chosen=row.expert):
+        def one(layer, adapter, logits, x, chosen=row.expert):
             gate = torch.zeros_like(logits)
             gate[..., chosen] = 1
             return Routing(gate, logits, logits.masked_fill(gate == 0, -torch.inf))
 
-        monkeypatch.setattr(LoraMoeLinear, "_gate", one)
+        monkeypatch.setattr(SYSTEMS[system], "gate", one)
         with torch.no_grad():
             whole = layer(torch.eye(layer.in_features, dtype=torch.float64)).T
         residual = 0

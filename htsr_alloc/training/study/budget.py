@@ -10,13 +10,13 @@ from typing import Any
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import empty_model
+from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
-from htsr_alloc.training.models import LORA, Adapter, trainable
+from htsr_alloc.training.models import Adapter, trainable
 from htsr_alloc.training.study.plan import RowSpec, Study
 
 TOLERANCE = 0.02  # a budget further from the baseline's is refused
 MOST = 4096  # experts a layer or rank that is ever tried
-MOR_EXPERTS = 8  # the paper's, on every layer
 
 
 @dataclass(frozen=True)
@@ -31,38 +31,37 @@ class Fitted:
 def fitted(study: Study, row: RowSpec) -> Fitted:
     """A row of the study with the parameters of uniform AlphaLoRA at the study's T and r.
 
-    What moves: nothing for AlphaLoRA (and MoLA, GOAT), which have them already; the ranks of
-    plain LoRA, in proportion; T of HydraLoRA and AdaMoLE; r of MoR (8 experts a layer) and
-    EM-LoRA. alpha / r stays the same.
+    What moves is the system's ``budget_knob``: T, or r; for plain LoRA the ranks in proportion;
+    nothing where a row has those parameters already. alpha / r stays the same.
 
     Raises:
         HtsrError: no setting is within 2 % of it.
     """
-    scale = study.lora_alpha / study.r
+    scale, system = study.lora_alpha / study.r, SYSTEMS.get(row.system)
 
     def adapter(r: float) -> Adapter:
         return Adapter(row.system, r, scale * r, study.lora_dropout)
 
     def counted(r: float, experts: int) -> Fitted:
-        allocation = None if row.system == "em_lora" else study.allocation(row, experts)
+        bare = system is not None and not system.takes_allocation
+        allocation = None if bare else study.allocation(row, experts)
         return Fitted(
             adapter(r), allocation, parameters(study.model, adapter(r), _frozen(allocation))
         )
 
-    base = Adapter("alphalora", study.r, study.lora_alpha, study.lora_dropout)
+    base = Adapter(DEFAULT, study.r, study.lora_alpha, study.lora_dropout)
     uniform = study.allocation(RowSpec("uniform"), study.experts)
     target = parameters(study.model, base, _frozen(uniform))
     experts = row.experts or study.experts
     layers = len(uniform.experts)
-    if row.system == LORA:
+    if system is None:
         # in 64ths of a rank, times each layer's experts
         made = nearest(lambda i: counted(i / 64, experts), target, 64)
-    elif row.system in ("hydra", "adamole"):
+    elif system.budget_knob == "experts":
         made = nearest(lambda i: counted(study.r, i), target, layers)
-    elif row.system == "mor":
-        made = nearest(lambda i: counted(i, MOR_EXPERTS * layers), target, 1)
-    elif row.system == "em_lora":
-        made = nearest(lambda i: counted(i, 0), target, 1)
+    elif system.budget_knob == "rank":
+        each = (system.budget_experts or 0) * layers or experts
+        made = nearest(lambda i: counted(i, each), target, 1)
     else:
         made = counted(study.r, experts)
     off = made.trainable / target - 1

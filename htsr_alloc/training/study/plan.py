@@ -14,8 +14,9 @@ from msgspec import Meta
 
 from htsr_alloc import files
 from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
+from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.config import SYSTEMS
+from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
 from htsr_alloc.records.convert import convert
 from htsr_alloc.records.text import printable
@@ -53,7 +54,7 @@ class RowSpec:
     """
 
     name: str
-    system: str = "alphalora"
+    system: str = DEFAULT
     main: bool = False
     strategy: str = "uniform"
     metrics: Path | None = None
@@ -77,9 +78,9 @@ class Study:
     seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (1, 2, 3)
     baseline: str = "uniform"
     experts: Positive = 160
-    r: Positive = 8
-    lora_alpha: Number = 16
-    lora_dropout: Number = 0.05
+    r: Positive = Lora.r
+    lora_alpha: Number = Lora.lora_alpha
+    lora_dropout: Number = Lora.lora_dropout
     max_length: Positive = 512
     dtype: str = "auto"
     eval_batch_size: Positive = 32

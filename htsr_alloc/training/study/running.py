@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.systems import SYSTEMS
 from htsr_alloc.training import models, tokens
 from htsr_alloc.training.evaluate import Score, evaluate
 from htsr_alloc.training.identity import weights_of
@@ -145,8 +146,8 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def _validation(study: Study, cell: Cell) -> list[tokens.Example]:
-    path = study.tasks[cell.task].valid
-    if path is None or cell.row.system != "em_lora":
+    path, system = study.tasks[cell.task].valid, SYSTEMS.get(cell.row.system)
+    if path is None or system is None or not system.bilevel:
         return []
     return _examples(study.model, path, study.max_length)
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import prompt
-from htsr_alloc.lora_moe.state import STATE, Generation, Pass
+from htsr_alloc.lora_moe.state import Generation, Pass, state_in
+from htsr_alloc.lora_moe.systems.em_lora import prompt
 
 
 def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
@@ -43,7 +43,7 @@ def read_prompt(
             raise HtsrError(
                 "EM-LoRA chooses by the whole prompt, and the cache given holds a part of the text "
                 f"already, with {tokens.shape[1]} tokens to come.",
-                "Leave past_key_values out; by hand, run the prompt, then one token at a time, or "
+                "Remove past_key_values; by hand, run the prompt, then one token at a time, or "
                 "several inside after_prompt(model).",
             )
         now.decisions = before.decisions
@@ -74,8 +74,7 @@ def after_prompt(model: nn.Module) -> Iterator[None]:
     EM-LoRA keeps to what it chose by them; other models are not concerned. For scoring several
     continuations of one prompt.
     """
-    found = (module.__dict__.get(STATE) for module in model.modules())
-    state = next((state for state in found if state is not None), None)
+    state = state_in(model)
     if state is None or not state.by_prompt:
         yield
         return

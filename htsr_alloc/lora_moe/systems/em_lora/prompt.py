@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import gates
 
+POOLERS = ("last", "mean", "max", "attention")
+WEIGHTINGS = ("prob", "straight_through")
 DEGREES = (6, 5)  # of the numerator and the denominator
 FIT_RANGE = 3.0  # the activation starts at GeLU on [-3, 3]
 
@@ -126,7 +128,7 @@ def prompt_tokens(mask: Tensor | None, labels: Tensor | None, tokens: Tensor) ->
 
 
 def refuse_packing(mask: Tensor | None, given: dict) -> None:
-    """Several texts in one row have no one prompt.
+    """Refuse rows of several texts, which have no single prompt.
 
     Raises:
         HtsrError: the batch says that it is packed.
