@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,72 +17,55 @@ from htsr_alloc.errors import HtsrError
 
 def allocate(
     metrics: Annotated[
-        Optional[Path], typer.Argument(help="A metrics file; default the newest here.")
+        Path | None, typer.Argument(help="A metrics file; default the newest here.")
     ] = None,
-    T: Annotated[Optional[int], typer.Option("--T", help="Experts of all layers together.")] = None,
+    T: Annotated[int | None, "Budget T: experts of all layers together."] = None,
     params: Annotated[
-        Optional[str],
-        typer.Option(help="Trainable parameters in place of --T: 100M, or the closest below."),
+        str | None,
+        "Budget in trainable parameters, such as 100M, in place of --T; at most so many are spent.",
     ] = None,
     target_share: Annotated[
-        Optional[str], typer.Option(help="The same as a share of the base model: 1%.")
+        str | None, "The same budget as a share of the base model's parameters, such as 1%."
     ] = None,
     r: Annotated[
-        Optional[int],
-        typer.Option("--r", "--lora-r", help="Rank of one expert, for --params; default 8."),
+        int | None, "Rank r of one expert, for --params and --target-share; default 8."
     ] = None,
-    beta: Annotated[Optional[float], typer.Option(help="Exponent of eq. 6; default 2.5.")] = None,
+    beta: Annotated[float | None, "Exponent beta of eq. 6; default 2.5."] = None,
     spread: Annotated[
-        Optional[float], typer.Option(help="Solve beta for: largest quota / smallest.")
+        float | None, "Ratio of the largest quota to the smallest, from which beta is solved."
     ] = None,
     metric: Annotated[
-        Optional[str],
-        typer.Option(
-            help="pl_alpha_hill (default), alpha_hat, stable_rank, or several: "
-            "pl_alpha_hill:0.5,stable_rank:0.5."
-        ),
+        str | None,
+        "Metric that scores layers: pl_alpha_hill (default), alpha_hat, stable_rank, or a "
+        "mixture such as pl_alpha_hill:0.5,stable_rank:0.5.",
     ] = None,
-    scores: Annotated[
-        Optional[Path], typer.Option(help="Scores from a CSV or JSON file, in place of a metric.")
-    ] = None,
-    column: Annotated[
-        Optional[str], typer.Option(help="The column of --scores; default score.")
-    ] = None,
-    per_module: Annotated[
-        bool, typer.Option("--per-module", help="A count for each linear, not for each layer.")
-    ] = False,
+    scores: Annotated[Path | None, "CSV or JSON file of scores, in place of a metric."] = None,
+    column: Annotated[str | None, "Column of the --scores file; default score."] = None,
+    per_module: Annotated[bool, "Decide a count for each linear, not for each layer."] = False,
     pool: Annotated[
-        Optional[str], "Linears that --per-module compares with each other; default role.", POOL
+        str | None,
+        "Linears that --per-module compares: those of one role (the default), or all.",
+        POOL,
     ] = None,
     targets: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--target", help="Linears that are adapted, for --params and --per-module; repeatable."
-        ),
+        list[str] | None,
+        "Name of linears that are adapted, for parameter budgets and --per-module; repeatable.",
     ] = None,
     strategy: Annotated[str, "How counts are decided.", STRATEGY] = "alphalora",
     repair: Annotated[
         str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
     ] = "remainder",
-    low: Annotated[int, typer.Option("--min", help="Least experts of a layer.")] = 1,
-    high: Annotated[Optional[int], typer.Option("--max", help="Most experts of a layer.")] = None,
-    top_k: Annotated[int, typer.Option(help="K: experts a token uses, at most.")] = 2,
-    groups: Annotated[Optional[str], typer.Option(help="MoLA's groups: 2468 or 4-6-8-10.")] = None,
-    experts: Annotated[
-        Optional[str], typer.Option(help="Counts of the explicit strategy: 1,3,5,...")
-    ] = None,
-    layers: Annotated[Optional[int], typer.Option(help="Layers, without a metrics file.")] = None,
+    low: Annotated[int, "Fewest experts of a layer."] = 1,
+    high: Annotated[int | None, "Most experts of a layer."] = None,
+    top_k: Annotated[int, "Experts K that a token uses at most."] = 2,
+    groups: Annotated[str | None, "Groups of the mola strategy, as 2468 or 4-6-8-10."] = None,
+    experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
+    layers: Annotated[int | None, "Number of layers, where there is no metrics file."] = None,
     sensitivity: Annotated[
-        bool,
-        typer.Option(
-            "--sensitivity",
-            help="Also show how the counts change with estimator, beta and matrices.",
-        ),
+        bool, "Also show how the counts change with estimator, beta and matrices."
     ] = False,
-    draws: Annotated[
-        Optional[int], typer.Option(help="Bootstrap draws of --sensitivity; default 200.")
-    ] = None,
-    seed: Annotated[Optional[int], "Seed of the bootstrap; default 0."] = None,
+    draws: Annotated[int | None, "Bootstrap draws of --sensitivity; default 200."] = None,
+    seed: Annotated[int | None, "Seed of the bootstrap; default 0."] = None,
     output: OutFile = None,
     *,
     screen: Screen,

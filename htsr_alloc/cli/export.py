@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from htsr_alloc.allocation.exports import Lora
+from htsr_alloc.allocation.exports import EXPORTS, Lora
 from htsr_alloc.cli.choices import EXPORT
 from htsr_alloc.cli.opening import Hub, layer_map_of
 from htsr_alloc.cli.options import LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.errors import check_choice
 
 if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
@@ -22,7 +21,7 @@ def export(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
     to: Annotated[str, "Format to write.", EXPORT],
     model: Annotated[
-        Optional[str], "Checkpoint against whose module names the patterns are checked."
+        str | None, "Checkpoint against whose module names the patterns are checked."
     ] = None,
     target_modules: Target = None,
     r: LoraR = Lora.r,
@@ -43,14 +42,11 @@ def export(
         htsr export smollm2.allocation.json --to csv
     """
     from htsr_alloc import files, records
-    from htsr_alloc.allocation.exports import EXPORTS
 
-    screen = Screen(quiet=quiet)
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
-    check_choice("export", to, EXPORTS)
     lora = Lora(r, lora_alpha, lora_dropout, tuple(target_modules or ()))
-    modules = None if model is None else modules_of(hub.open(model))
-    screen.save(EXPORTS[to](loaded, lora, modules), output)
+    modules = modules_of(hub.open(model)) if model is not None else None
+    Screen(quiet=quiet).save(EXPORTS[to](loaded, lora, modules), output)
 
 
 def modules_of(checkpoint: Checkpoint) -> dict[str, list[str]]:

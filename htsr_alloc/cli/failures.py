@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import typer
@@ -59,7 +59,7 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
         except BaseException as error:
             if os.environ.get("HTSR_DEBUG") == "1":
                 sys.stderr.write(redacted(traceback.format_exc(), token))
-            raise _ending(error, options_of(function)) from None
+            raise _ending(error, inspect.signature(function).parameters) from None
 
     return run
 
@@ -71,14 +71,12 @@ def say_stopped() -> int:
     return 128 + number
 
 
-def options_of(command: Callable[..., None]) -> dict[str, str]:
-    """The options of a command, by its arguments' names: ``top_k`` is ``--top-k``."""
-    names = inspect.signature(command).parameters
-    return {name: flags(name)[0].partition("/")[0] for name in names}
+def _ending(error: BaseException, parameters: Collection[str]) -> BaseException:
+    """Say it in a sentence, with the command's options for the names of arguments.
 
-
-def _ending(error: BaseException, options: dict[str, str]) -> BaseException:
-    """Say it in a sentence: the exit that follows. An unknown error stays what it is."""
+    Returns:
+        The exit that follows; an unknown error stays what it is.
+    """
     screen = Screen()
     # An import that a signal cuts short may turn it into an error of its own.
     if isinstance(error, KeyboardInterrupt) or _received:
@@ -86,6 +84,6 @@ def _ending(error: BaseException, options: dict[str, str]) -> BaseException:
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):
-        screen.error(error.renamed(lambda name: options.get(name, name)))
+        screen.error(error.renamed(lambda name: flags(name)[0] if name in parameters else name))
         return typer.Exit(2 if isinstance(error, UnknownName) else 1)
     return error

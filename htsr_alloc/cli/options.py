@@ -49,7 +49,7 @@ LoraR = Annotated[int, "Rank r of one expert. Under torchrun write --lora-r."]
 LoraAlpha = Annotated[float, "LoRA's alpha: the scale of an expert is alpha / r."]
 LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
-    Optional[list[str]], "Name of the linear modules to adapt, such as q_proj; repeatable."
+    list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
 ]
 Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
 Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]

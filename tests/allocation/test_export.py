@@ -290,7 +290,7 @@ def test_export_to_a_file_and_to_stdout_is_the_same_text(saved, invoke, tmp_path
 
 def test_an_unknown_export_names_the_known_ones(saved, invoke):
     done = invoke("export", saved, "--to", "deepspeed")
-    assert done.rc == 1
+    assert done.rc == 2
     assert "mola, peft-rank, axolotl, csv" in done.stderr
 
 
