@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.choices import POOL, REPAIR, STRATEGY
+from htsr_alloc.cli.choices import ADAPTER, POOL, REPAIR, STRATEGY
 from htsr_alloc.cli.options import OutFile
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
@@ -29,6 +29,15 @@ def allocate(
     ] = None,
     r: Annotated[
         int | None, "Rank r of one expert, for --params and --target-share; default 8."
+    ] = None,
+    adapter: Annotated[
+        str,
+        "What gets the budget: experts of a LoRA mixture, or ranks of plain LoRA (with --rank).",
+        ADAPTER,
+    ] = "lora-moe",
+    rank: Annotated[
+        int | None,
+        "Budget of --for lora: as many trainable parameters as this rank on every linear.",
     ] = None,
     beta: Annotated[float | None, "Exponent beta of eq. 6; default 2.5."] = None,
     spread: Annotated[
@@ -55,8 +64,8 @@ def allocate(
     repair: Annotated[
         str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
     ] = "remainder",
-    low: Annotated[int, "Fewest experts of a layer."] = 1,
-    high: Annotated[int | None, "Most experts of a layer."] = None,
+    low: Annotated[int, "Fewest experts, or lowest rank, of a layer."] = 1,
+    high: Annotated[int | None, "Most experts, or highest rank, of a layer."] = None,
     top_k: Annotated[int, "Experts K that a token uses at most."] = 2,
     groups: Annotated[str | None, "Groups of the mola strategy, as 2468 or 4-6-8-10."] = None,
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
@@ -70,12 +79,12 @@ def allocate(
     *,
     screen: Screen,
 ) -> None:
-    """Turn scores into experts per layer and write MODEL.allocation.json.
+    """Turn scores into experts, or ranks, per layer and write MODEL.allocation.json.
 
     Examples:
         htsr allocate --T 160 --beta 2.5
         htsr allocate smollm2.metrics.json --params 10M --per-module --target q_proj -o -
-        htsr allocate --strategy mola --groups 2468 --layers 32
+        htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
 
@@ -96,6 +105,8 @@ def allocate(
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
+        adapter=adapter,
+        rank=rank,
         metric=metric,
         scores=given,
         per_module=per_module,

@@ -32,7 +32,6 @@ from htsr_alloc.allocation import (
 from htsr_alloc.allocation.exports import EXPORTS
 from htsr_alloc.allocation.strategies import Plan, Strategy
 from htsr_alloc.cli.allocate import allocate as command
-from htsr_alloc.cli.failures import options_of
 from htsr_alloc.errors import HtsrError
 
 WING = sorted((ROOT / "htsr_alloc" / "allocation").rglob("*.py"))
@@ -161,7 +160,7 @@ def test_an_error_names_the_argument_or_its_option(invoke):
 def test_every_argument_of_a_request_is_an_option():
     own = {field.name for strategy in STRATEGIES.values() for field in fields(strategy)}
     keywords = set(inspect.signature(Request.of).parameters) - {"settings", "budget", "bounds"}
-    assert own | keywords | {"low", "high"} <= set(options_of(command))
+    assert own | keywords | {"low", "high"} <= set(inspect.signature(command).parameters)
 
 
 def test_below_the_command_line_no_sentence_names_an_option():
