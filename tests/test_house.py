@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import ROOT
 
 PACKAGE = ROOT / "htsr_alloc"
-OPEN = {"errors", "files", "version"}  # what every wing may import
+OPEN = {"errors", "files", "style", "version"}  # what every wing may import
 ARROWS = {
     "records": set(),
     "checkpoints": set(),
@@ -49,7 +49,15 @@ def name_of(path: Path) -> str:
 def test_the_root_holds_the_wings_and_nothing_else():
     files = {p.name for p in PACKAGE.glob("*.py")}
     assert files == {
-        *("__init__.py", "__main__.py", "version.py", "errors.py", "files.py", "lm_eval.py")
+        *(
+            "__init__.py",
+            "__main__.py",
+            "version.py",
+            "errors.py",
+            "files.py",
+            "lm_eval.py",
+            "style.py",
+        )
     }
     folders = {p.name for p in PACKAGE.iterdir() if any(p.glob("*.py"))}
     assert folders == {*ARROWS, "cli"}

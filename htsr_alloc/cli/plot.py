@@ -27,6 +27,8 @@ def plot(
     ] = None,
     layer: Annotated[list[int] | None, "Draw the spectra of this layer; repeatable."] = None,
     role: Annotated[list[str] | None, "Draw the spectra of this role; repeatable."] = None,
+    size: Annotated[str | None, "Width x height in inches, as 8x5."] = None,
+    dpi: Annotated[float | None, "Dots per inch of a .png; default 150."] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw metrics by layer, a heat map, allocations or spectra, from the files alone.
@@ -47,5 +49,18 @@ def plot(
         layer=layer or (),
         role=role or (),
         output=path,
+        size=None if size is None else _inches(size),
+        dpi=dpi,
     )
     Screen(quiet=quiet).note(f"wrote {path}")
+
+
+def _inches(size: str) -> tuple[float, float]:
+    """8x5 as (8.0, 5.0)."""
+    width, _, height = size.partition("x")
+    try:
+        return float(width), float(height)
+    except ValueError:
+        raise typer.BadParameter(
+            "Give width x height in inches, as 8x5.", param_hint="--size"
+        ) from None

@@ -131,26 +131,32 @@ def plot_routing(reports: list[RouterReport], path: str | Path | None = None) ->
     Args:
         path: a file to write as well, in any format of matplotlib's.
     """
-    from matplotlib.figure import Figure
+    from htsr_alloc import style
 
     most = max(len(row.load) for row in reports)
-    figure = Figure(figsize=(2 + 0.5 * most, 1 + 0.18 * len(reports)), layout="constrained")
-    axes = figure.add_subplot()
-    draw_load(axes, reports)
-    axes.set_yticks(range(len(reports)), [row.name for row in reports], fontsize=5)
-    axes.set_xticks(range(most))
-    if path is not None:
-        figure.savefig(path)
+    with style.look():
+        figure = style.new_figure(max(3.5, 2 + 0.5 * most), max(1.8, 1 + 0.18 * len(reports)))
+        axes = figure.add_subplot()
+        draw_load(axes, reports)
+        names = [style.plain(row.name) for row in reports]
+        axes.set_yticks(range(len(reports)), names, fontsize=5)
+        if path is not None:
+            figure.savefig(path)
     return figure
 
 
 def draw_load(axes: Axes, reports: list[RouterReport]) -> None:
     """The heat map and its colour bar, on axes of a figure."""
+    from matplotlib.ticker import MaxNLocator
+
+    from htsr_alloc.style import COLOUR_MAP
+
     most = max(len(row.load) for row in reports)
     cells = [
         [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
         for row in reports
     ]
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    image = axes.imshow(cells, aspect="auto", cmap=COLOUR_MAP, vmin=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert")
     axes.figure.colorbar(image, ax=axes, label="load times N (1 is balance)")

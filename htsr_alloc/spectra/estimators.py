@@ -1,4 +1,4 @@
-"""PL_Alpha_Hill: the power-law exponent of a spectrum's tail, by five rules for where it starts.
+"""PL_Alpha_Hill: the power-law exponent of a spectrum's tail, by rules for where it starts.
 
 With eigenvalues l_1 <= ... <= l_N, a tail that starts at i has n_i = N - i + 1 values and
 
@@ -6,7 +6,8 @@ With eigenvalues l_1 <= ... <= l_N, a tail that starts at i has n_i = N - i + 1 
     D_i     = max_{j>=i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n_i |   (KS distance)
 
 The peak p of the histogram of log10 l in ``bins`` equal bins over [min, max] is 10 to the left
-edge of its first fullest bin. numpy only, no loop over eigenvalues.
+edge of its first fullest bin. The kernel peak q is 10 to the mode of a Gaussian kernel density of
+log10 l with a bandwidth in decades. numpy only, no loop over eigenvalues.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import numpy as np
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, OK
+from htsr_alloc.spectra.density import mode
 
 FEW = 50  # a fit to fewer eigenvalues is marked (METHODS 2)
 PROBES = 32  # values at which a start's distance is bounded first
 CHUNK = 1 << 17  # elements of the starts x eigenvalues array made at a time (1 MiB)
+BANDWIDTH = 0.15  # decades; docs/ESTIMATORS.md says why
+NARROWEST = 0.01  # decades: narrower, a kernel density shows single eigenvalues
+AT_PEAK = 1e-9  # relative: an eigenvalue this near the kernel peak is at it, not above it
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Fit:
     Attributes:
         alpha: PL_Alpha_Hill.
         xmin: the eigenvalue at which the tail starts.
-        k: the number of eigenvalues in the tail (for ``paper``, those above xmin).
+        k: the number of eigenvalues in the tail (for ``paper`` and ``kde``, those above xmin; for
+            ``kde-mean``, those of the middle start).
         ks_distance: D of the tail.
         peak_gap: count of the fullest bin less that of the second; 0 is a tie, which the first
             bin wins. A rounding error that moves one eigenvalue can move the peak then.
@@ -54,18 +60,36 @@ class _Tails:
     values: np.ndarray
     logs: np.ndarray
     alphas: np.ndarray  # alphas[i] of the tail values[i:]; inf where it has no spread
-    peak: float
+    peak: float  # of the histogram
+    bandwidth: float  # of the kernel density, in decades
+
+    def kernel_peak(self) -> float:
+        return 10.0 ** mode(np.log10(self.values), self.bandwidth)
 
 
-Rule = Callable[[_Tails], "int | None"]  # the index of the tail's start, if there is one
+@dataclass(frozen=True)
+class _Tail:
+    """xmin = values[start]; the tail is values[first:]; alpha where it is not Hill's of those."""
+
+    start: int
+    first: int
+    alpha: float | None = None
 
 
-def fit(eigenvalues: np.ndarray, estimator: str = "official", bins: int = 100) -> Fit:
+Rule = Callable[[_Tails], "_Tail | None"]
+
+
+def fit(
+    eigenvalues: np.ndarray,
+    estimator: str = "official",
+    bins: int = 100,
+    bandwidth: float = BANDWIDTH,
+) -> Fit:
     """Fit the tail of a spectrum.
 
     Args:
         eigenvalues: (N,) positive, ascending, float64.
-        estimator: ``official``, ``paper``, ``band``, ``median`` or ``ks``:
+        estimator: a key of ``ESTIMATORS``:
 
             * official: the start with the least D among log10(0.95 p) <= l_i <= 1.5 p, the
               last eigenvalue excepted. AlphaLoRA's released script, AlphaPruning's
@@ -77,10 +101,15 @@ def fit(eigenvalues: np.ndarray, estimator: str = "official", bins: int = 100) -
             * median: the start is i = floor(N / 2), counted from 0 (TempBalance, FARMS).
             * ks: the start with the least D of all but the last (Clauset, Shalizi and Newman;
               the default of WeightWatcher and ``powerlaw``).
-        bins: of the histogram that gives the peak.
+            * kde: ``paper`` with the kernel peak q in place of p.
+            * kde-band: ``band`` with q in place of p.
+            * kde-mean: ln(alpha - 1) is its mean over all starts in 0.95 q <= l_i <= 1.5 q, the
+              last eigenvalue excepted. No search, so that it is smooth in the eigenvalues.
+        bins: of the histogram that gives p.
+        bandwidth: of the kernel density that gives q, in decades.
 
     Raises:
-        HtsrError: unknown estimator, bins < 1.
+        HtsrError: unknown estimator, bins < 1, bandwidth < 0.01.
     """
     if estimator not in ESTIMATORS:
         raise HtsrError(
@@ -88,6 +117,8 @@ def fit(eigenvalues: np.ndarray, estimator: str = "official", bins: int = 100) -
         )
     if bins < 1:
         raise HtsrError(f"A histogram needs at least one bin, not {bins}.")
+    if not bandwidth >= NARROWEST:
+        raise HtsrError(f"The bandwidth must be at least {NARROWEST} decades, not {bandwidth}.")
     values = np.asarray(eigenvalues, dtype=np.float64)
     n = len(values)
     if n < 3:
@@ -101,20 +132,18 @@ def fit(eigenvalues: np.ndarray, estimator: str = "official", bins: int = 100) -
     top = int(counts.argmax())
     peak = float(10.0 ** edges[top])
     gap = int(counts[top] - np.delete(counts, top).max()) if bins > 1 else n
-    tails = _Tails(values, logs, _hill(logs), peak)
-    start = ESTIMATORS[estimator](tails)
-    if start is None:
+    tail = ESTIMATORS[estimator](_Tails(values, logs, _hill(logs), peak, bandwidth))
+    if tail is None:
         return _failed(f"no eigenvalue qualifies as {estimator}'s start of the tail")
-    first = start + 1 if estimator == "paper" else start  # eq. 5 does not count l_min itself
-    above = logs[first:] - logs[start]
-    k = n - first
+    above = logs[tail.first :] - logs[tail.start]
+    k = n - tail.first
     if not above.sum() > 0:
         return _failed("the tail's eigenvalues are all equal")
-    alpha = 1 + k / float(above.sum())
+    alpha = tail.alpha or 1 + k / float(above.sum())
     distance = float(np.abs(1 - np.exp((1 - alpha) * above) - np.arange(k) / k).max())
     reason = f"only {n} eigenvalues (< {FEW})" if n < FEW else None
     status = MARKED if reason else OK
-    return Fit(alpha, float(values[start]), k, distance, gap, status, reason)
+    return Fit(alpha, float(values[tail.start]), k, distance, gap, status, reason)
 
 
 def alpha_hat(alpha: float, lambda_max: float) -> float:
@@ -149,7 +178,7 @@ def _deviations(tails: _Tails, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return np.where(j >= i, found, 0)
 
 
-def _best(tails: _Tails, allowed: np.ndarray) -> int | None:
+def _best(tails: _Tails, allowed: np.ndarray) -> _Tail | None:
     """The first start with the least D among the allowed ones, the last value excepted.
 
     Deviations at a few j bound D_i from below, which rules most starts out: the rest, in the
@@ -174,36 +203,47 @@ def _best(tails: _Tails, allowed: np.ndarray) -> int | None:
         first = int(starts[part][full == nearest].min())
         if nearest < least or (nearest == least and first < best):
             least, best = nearest, first
-    return best
+    return _Tail(best, best)
 
 
-def _official(tails: _Tails) -> int | None:
+def _between(tails: _Tails, peak: float) -> np.ndarray:
+    """Which starts are in 0.95 peak <= l_i <= 1.5 peak. (N,) bool"""
+    return (tails.values >= 0.95 * peak) & (tails.values <= 1.5 * peak)
+
+
+def _above(tails: _Tails, bound: float) -> _Tail:
+    """Eq. 5: the k eigenvalues above a bound, and as l_min the next one, which is not counted."""
+    start = max(len(tails.values) - int((tails.values > bound).sum()) - 1, 0)
+    return _Tail(start, start + 1)
+
+
+def _mean(tails: _Tails, allowed: np.ndarray) -> _Tail | None:
+    """The mean of ln(alpha_i - 1) over the allowed starts; the middle one stands for them."""
+    starts = np.flatnonzero(allowed[:-1] & np.isfinite(tails.alphas[:-1]))
+    if not len(starts):
+        return None
+    middle = int(starts[len(starts) // 2])
+    alpha = 1 + float(np.exp(np.log(tails.alphas[starts] - 1).mean()))
+    return _Tail(middle, middle, alpha)
+
+
+def _official(tails: _Tails) -> _Tail | None:
     above = tails.values >= np.log10(0.95 * tails.peak)
     return _best(tails, above & (tails.values <= 1.5 * tails.peak))
 
 
-def _band(tails: _Tails) -> int | None:
-    above = tails.values >= 0.95 * tails.peak
-    return _best(tails, above & (tails.values <= 1.5 * tails.peak))
-
-
-def _paper(tails: _Tails) -> int:
-    above = int((tails.values > tails.peak).sum())
-    return max(len(tails.values) - above - 1, 0)
-
-
-def _median(tails: _Tails) -> int:
-    return len(tails.values) // 2
-
-
-def _ks(tails: _Tails) -> int | None:
-    return _best(tails, np.ones(len(tails.values), dtype=bool))
+def _median(tails: _Tails) -> _Tail:
+    middle = len(tails.values) // 2
+    return _Tail(middle, middle)
 
 
 ESTIMATORS: dict[str, Rule] = {
     "official": _official,
-    "paper": _paper,
-    "band": _band,
+    "paper": lambda tails: _above(tails, tails.peak),
+    "band": lambda tails: _best(tails, _between(tails, tails.peak)),
     "median": _median,
-    "ks": _ks,
+    "ks": lambda tails: _best(tails, np.ones(len(tails.values), dtype=bool)),
+    "kde": lambda tails: _above(tails, tails.kernel_peak() * (1 + AT_PEAK)),
+    "kde-band": lambda tails: _best(tails, _between(tails, tails.kernel_peak())),
+    "kde-mean": lambda tails: _mean(tails, _between(tails, tails.kernel_peak())),
 }

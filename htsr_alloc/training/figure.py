@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from htsr_alloc import files
 from htsr_alloc.lora_moe import RouterReport, routing_report
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.report import draw_load
 from htsr_alloc.training.tokens import Collator, Example, pad_id
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS, BATCH = 64, 8  # examples that the load is taken from
 
@@ -27,18 +30,31 @@ def plot_run(
     Raises:
         HtsrError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from htsr_alloc import style
 
     loads = _loads(model, examples, pad_id(tokenizer))
-    figure = Figure(figsize=(10 if loads else 5, 4), layout="constrained")
+    with style.look():
+        figure = _drawn(log, loads)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise files.cannot("write", path, error) from None
+
+
+def _drawn(log: Sequence[Mapping[str, Any]], loads: list[RouterReport]) -> Figure:
+    """The losses by step, and the load of every router if there are any."""
+    from htsr_alloc.style import COLOURS, new_figure
+
+    figure = new_figure(10 if loads else 5, 4)
     panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+    kinds = (("loss", "training"), ("eval_loss", "validation"))
+    for (name, label), colour in zip(kinds, COLOURS, strict=False):
         points = [(row["step"], row[name]) for row in log if name in row]
         if points:
-            panels[0].plot(*zip(*points, strict=True), marker=".", label=label)
+            panels[0].plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     panels[0].set_xlabel("step")
     panels[0].set_ylabel("loss per token")
-    panels[0].legend()
+    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     balance = [(row["step"], row["router_aux_loss"]) for row in log if "router_aux_loss" in row]
     if balance:
         twin = panels[0].twinx()
@@ -47,10 +63,7 @@ def plot_run(
     if loads:
         draw_load(panels[1], loads)
         panels[1].set_ylabel(f"{len(loads)} routers, first to last")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise files.cannot("write", path, error) from None
+    return figure
 
 
 def _loads(model: Any, examples: Sequence[Example], pad: int) -> list[RouterReport]:

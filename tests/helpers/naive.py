@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.optimize import brentq
 
 
 def peak(eigenvalues: list[float], bins: int = 100) -> float:
@@ -14,6 +15,26 @@ def peak(eigenvalues: list[float], bins: int = 100) -> float:
         inside = [b for b in range(bins) if edges[b] <= x < edges[b + 1]]
         counts[inside[0] if inside else bins - 1] += 1
     return 10 ** edges[counts.index(max(counts))]
+
+
+def kernel_peak(eigenvalues: list[float], h: float = 0.15) -> float:
+    """10 to the mode of the Gaussian kernel density of log10 l; the lowest of equal modes."""
+    x = np.log10(eigenvalues)
+
+    def density(at: float) -> float:
+        return float(np.exp(-0.5 * ((at - x) / h) ** 2).sum())
+
+    def slope(at: float) -> float:
+        return float(((x - at) * np.exp(-0.5 * ((at - x) / h) ** 2)).sum())
+
+    grid = np.arange(x.min() - h / 7, x.max() + h / 7, h / 30)
+    heights = [density(at) for at in grid]
+    tops, highest = [], max(heights)
+    for i in range(1, len(grid) - 1):
+        if heights[i] >= max(heights[i - 1], heights[i + 1], 0.99 * highest):
+            top = brentq(slope, grid[i - 1], grid[i + 1], xtol=1e-14)
+            tops.append((density(top), top))
+    return 10 ** min(top for height, top in tops if height >= (1 - 1e-9) * max(tops)[0])
 
 
 def tail(eigenvalues, i: int) -> tuple[float, float]:
@@ -39,15 +60,23 @@ def alpha(eigenvalues, estimator: str, bins: int = 100) -> float:
     """PL_Alpha_Hill by the table of METHODS 2."""
     values = [float(x) for x in eigenvalues]
     n = len(values)
-    p = peak(values, bins)
-    if estimator == "paper":
-        k = min(sum(x > p for x in values), n - 1)
+    p = kernel_peak(values) if estimator.startswith("kde") else peak(values, bins)
+    if estimator in ("paper", "kde"):
+        bound = p * (1 + 1e-9) if estimator == "kde" else p
+        k = min(sum(x > bound for x in values), n - 1)
         return 1 + k / math.fsum(
             math.log(values[n - i] / values[n - k - 1]) for i in range(1, k + 1)
         )
     if estimator == "median":
         return tail(values, n // 2)[0]
-    low = {"official": math.log10(0.95 * p), "band": 0.95 * p, "ks": -math.inf}[estimator]
-    high = math.inf if estimator == "ks" else 1.5 * p
+    low, high = 0.95 * p, 1.5 * p
+    if estimator == "official":
+        low = math.log10(0.95 * p)
+    if estimator == "ks":
+        low, high = -math.inf, math.inf
     starts = [i for i in range(n - 1) if low <= values[i] <= high]
+    if estimator == "kde-mean":
+        alphas = [tail(values, i)[0] for i in starts]
+        logs = [math.log(a - 1) for a in alphas if a < math.inf]
+        return 1 + math.exp(math.fsum(logs) / len(logs))
     return least_distance(values, starts)[1]

@@ -12,14 +12,13 @@ import pytest
 from helpers.commands import ROOT, environment
 from helpers.records_made import ROLES, deep_table, made_allocation, made_metrics, renamed
 
-from htsr_alloc import HtsrError
+from htsr_alloc import HtsrError, style
 from htsr_alloc.allocation import mola_counts
 from htsr_alloc.records import Allocation, Metrics, dumps, loads
 from htsr_alloc.records.results import open_spectra
 from htsr_alloc.reports import plots
-from htsr_alloc.reports.plots import style
+from htsr_alloc.reports.plots.esd import choose
 from htsr_alloc.reports.plots.layers import marked
-from htsr_alloc.reports.plots.spectra import choose
 
 DATA = ROOT / "data"
 HOSTILE = "$\\frac{1}$ <b>&\x1b[2J\u202e\n名字$" + "x" * 300
@@ -141,7 +140,11 @@ def test_the_tail_has_the_fits_slope_and_area():
             assert (density * np.diff(edges)).sum() == pytest.approx(1)
             counts = density * np.diff(edges) * matrix.n_eigs
             logs = np.log10(spectra[matrix.tensor])
-            np.testing.assert_allclose(counts, np.histogram(logs, bins=100)[0], atol=1e-9)
+            expected, at = np.histogram(logs, bins=100)
+            np.testing.assert_allclose(counts, expected, atol=1e-9)
+            (peak,) = axes.collections
+            ((where, _),) = peak.get_offsets()
+            assert where == pytest.approx(10 ** at[expected.argmax()])
 
 
 def test_a_grid_has_a_panel_for_each_matrix():
@@ -187,6 +190,39 @@ def test_several_models_are_one_line_each_by_depth():
         assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, 1)
     same = plots.plot(DATA / "minilm.metrics.json", DATA / "minilm.metrics.json").axes[0]
     np.testing.assert_array_equal(same.lines[1].get_xdata(), range(6))
+
+
+def test_the_difference_is_the_second_file_minus_the_first():
+    table = deep_table(5)
+    changed = table + np.random.default_rng(1).normal(size=table.shape)
+    changed[3, 2] = np.nan
+    base, tuned = made_metrics(table), made_metrics(changed[:, ::-1], roles=ROLES[::-1])
+    figure = plots.plot(base, tuned, view="difference")
+    (mesh,) = (c for c in figure.axes[1].collections if hasattr(c, "get_coordinates"))
+    shown = np.ma.filled(mesh.get_array(), np.nan).reshape(len(ROLES), 5)
+    np.testing.assert_allclose(shown, (changed - table).T)
+    low, high = mesh.get_clim()
+    assert low == -high
+    for line, own in zip(figure.axes[0].lines, (base, tuned), strict=True):
+        means = [layer.pl_alpha_hill for layer in own.layers]
+        np.testing.assert_array_equal(line.get_ydata(), means)
+
+
+def test_the_difference_needs_two_models_of_equal_depth():
+    short, deep = (made_metrics(deep_table(layers)) for layers in (3, 4))
+    with pytest.raises(HtsrError, match="3 and 4 layers"):
+        plots.plot(short, deep, view="difference")
+    with pytest.raises(HtsrError, match="needs 2 metrics files"):
+        plots.plot(short, view="difference")
+    with pytest.raises(HtsrError, match="takes 2 metrics files"):
+        plots.plot(short, short, short, view="difference")
+
+
+def test_size_and_dots_are_the_pictures(minilm, invoke, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    done = invoke("plot", minilm, "--size", "6x4.5", "--dpi", 80, "-o", "out.png")
+    assert done.rc == 0, done.stderr
+    assert image.open(tmp_path / "out.png").size == (480, 360)
 
 
 def test_published_values(golden):
@@ -385,6 +421,10 @@ def spoil(name):
         (None, ["-o", "x"], "A figure cannot be written as 'x'."),
         (None, ["-o", "x.html"], "htsr report writes HTML"),
         (None, ["-o", "nowhere/x.png"], "Cannot write nowhere/x.png: No such file"),
+        (None, ["--size", "1x1"], "A figure of 1 x 1 inches has no room for its panels."),
+        (None, ["--size", "0x5"], "A figure cannot be 0 x 5 inches"),
+        (None, ["--dpi", 9], "A figure cannot have 9 dots per inch"),
+        (None, ["--dpi", 90, "-o", "x.svg"], "A svg has no dots per inch."),
         (None, ["--metric", "beta"], "There is no metric 'beta'."),
         (None, ["--view", "pie"], "There is no view 'pie'."),
         (None, ["--view", "allocation"], "needs an allocation file"),

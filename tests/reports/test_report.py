@@ -23,6 +23,7 @@ from htsr_alloc.reports.cautions import cautions
 from htsr_alloc.reports.citing import references
 
 DATA = ROOT / "data"
+PACKAGE = ROOT / "htsr_alloc" / "reports"
 HOSTILE = (
     "\"'></title></style></td><script>fetch('http://evil')</script>"
     "<img src=http://evil/x onerror=alert(1)>{{7*7}}{% x %}\x1b[2J\u202e\n\ud800"
@@ -64,10 +65,10 @@ class Page(HTMLParser):
 
 
 def check_harmless(page):
-    """Nothing runs and nothing loads."""
+    """Nothing runs but our script, and nothing loads."""
     assert page.wrong == []
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "iframe", "object", "embed", "form", "base", "svg", "video"}
+    assert not tags & {"iframe", "object", "embed", "form", "base", "svg", "video"}
     for tag, attrs in page.elements:
         assert not [name for name in attrs if name.startswith("on") or name == "style"]
         for name in ("src", "href", "srcset", "action", "data", "poster"):
@@ -81,10 +82,17 @@ def check_harmless(page):
     (style,) = (data for tag, data in page.text if tag == "style")
     assert "url(" not in style
     assert "@import" not in style
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (script,) = (data for tag, data in page.text if tag == "script")
+    assert script == (PACKAGE / "page.js").read_text()
+    assert page.all("script") == [{}]
+    own, ours = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (style, script)
+    )
     (policy,) = (x for x in page.all("meta") if x.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"] == (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        f"default-src 'none'; style-src 'sha256-{own}'; script-src 'sha256-{ours}'; "
+        "img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
     images = [attrs["src"] for attrs in page.all("img")]
@@ -170,7 +178,7 @@ def test_the_report_is_the_same_each_time(invoke, tmp_path):
     text = (tmp_path / "minilm.report.html").read_text()
     done = invoke("report", source, "-o", "-", "-q")
     assert (done.rc, done.stdout, done.stderr) == (0, text, "")
-    assert str(ROOT) not in text
+    assert str(DATA) not in text
 
 
 def cautions_of(tmp_path, metrics, *allocations):
@@ -224,7 +232,7 @@ def test_nothing_to_say_is_said(tmp_path):
     path.write_text(dumps(made_metrics(deep_table(3))))
     text = Page(report(path)).said("p")
     assert "Nothing in the files calls for caution." in text
-    assert "No spectra lie beside the metrics" in text
+    assert "There are no spectra beside the metrics file" in text
 
 
 def test_an_allocation_of_other_metrics_is_told(tmp_path):
@@ -288,14 +296,31 @@ def test_errors_are_one_sentence(invoke, tmp_path, arguments, sentence):
 
 @pytest.fixture(scope="session")
 def chromium():
-    for name in ("chromium-headless-shell", "chromium", "google-chrome", "chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no Chromium here: apt-get install chromium-headless-shell")
+    names = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("needs Chromium: apt-get install chromium-headless-shell")
+    return found
+
+
+QUIET = (  # the browser's own requests: updates, accounts, experiments
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-default-browser-check",
+    "--no-first-run",
+)
 
 
 def browse(chromium, page, folder):
-    """What the console said, and every URL that was asked for on a network."""
+    """What the console said, and every URL that the page asked for on a network.
+
+    The net log marks a request of the browser's own (updates, accounts, the time) by an initiator
+    that is "not an origin"; a page's requests, navigation included, have the page as initiator.
+    """
     log = folder / "net.json"
     done = subprocess.run(
         [
@@ -305,9 +330,7 @@ def browse(chromium, page, folder):
             "--hide-scrollbars",
             *(["--no-sandbox"] if os.getuid() == 0 else []),
             f"--user-data-dir={folder / 'profile'}",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--no-first-run",
+            *QUIET,
             "--enable-logging=stderr",
             f"--log-net-log={log}",
             "--window-size=1150,3000",
@@ -322,7 +345,8 @@ def browse(chromium, page, folder):
     assert (folder / "page.png").exists(), done.stderr
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     events = json.loads(log.read_text())["events"]
-    asked = {str(e.get("params", {}).get("url", "")) for e in events}
+    started = [e["params"] for e in events if "initiator" in e.get("params", {})]
+    asked = {e["url"] for e in started if e["initiator"] != "not an origin"}
     return console, sorted(url for url in asked if url.startswith(("http", "ws", "ftp")))
 
 
@@ -342,10 +366,52 @@ def test_a_browser_has_nothing_to_say_and_asks_for_nothing(chromium, hostile, tm
 def test_the_browser_would_have_told(chromium, tmp_path):
     """The same watch on a page that does what a report must not."""
     page = tmp_path / "bad.html"
-    page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('bad')</script>")
+    page.write_text(
+        "<img src='http://127.0.0.1:9/x.png'><link rel=stylesheet href='http://127.0.0.1:9/s.css'>"
+        "<script>console.error('bad'); fetch('http://127.0.0.1:9/f')</script>"
+    )
     console, asked = browse(chromium, page, tmp_path)
     assert any("bad" in line for line in console)
-    assert asked == ["http://127.0.0.1:9/x.png"]
+    assert asked == [f"http://127.0.0.1:9/{name}" for name in ("f", "s.css", "x.png")]
+
+
+@pytest.mark.slow
+def test_the_tables_sort_and_filter(chromium, tmp_path):
+    """A driver appended to the page clicks and types, and writes what it sees into the title."""
+    made = report(DATA / "smollm2.metrics.json", DATA / "smollm2.allocation.json")
+    driver = (
+        "const t = document.querySelectorAll('table.data'); const see = (n, c) =>"
+        "[...t[n].tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[c].textContent);"
+        "const head = t[0].tHead.rows[0].cells[3], out = {};"
+        "head.firstChild.click(); out.up = see(0, 3);"
+        "head.firstChild.click(); out.down = see(0, 3);"
+        "const box = document.querySelectorAll('div.tools input')[2];"
+        "box.value = 'layers.10. V_proj';"
+        "box.dispatchEvent(new Event('input')); out.kept = see(2, 0);"
+        "out.sort = head.getAttribute('aria-sort');"
+        "document.title = JSON.stringify(out);"
+    )
+    digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
+    made = made.replace("script-src ", f"script-src 'sha256-{digest}' ")
+    page = tmp_path / "page.html"
+    page.write_text(made.replace("</body>", f"<script>{driver}</script></body>"))
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--disable-gpu", *QUIET, "--dump-dom",
+            *(["--no-sandbox"] if os.getuid() == 0 else []),
+            f"--user-data-dir={tmp_path / 'profile'}", page.as_uri(),
+        ],
+        capture_output=True, encoding="utf-8", timeout=120, check=True,
+    )  # fmt: skip
+    seen = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+    metrics = loads(Metrics, (DATA / "smollm2.metrics.json").read_bytes(), "smollm2")
+    values = sorted(layer.pl_alpha_hill for layer in metrics.layers)
+    assert seen["up"] == [f"{value:.3f}" for value in values]
+    assert seen["down"] == seen["up"][::-1]
+    assert seen["sort"] == "descending"
+    assert seen["kept"] == [
+        m.tensor for m in metrics.matrices if m.layer == 10 and m.role == "v_proj"
+    ]
 
 
 @pytest.mark.slow

@@ -1,22 +1,71 @@
-"""Figures from records alone: spectra, layers, allocations. matplotlib loads on first use."""
+"""Figures from records alone: spectra, layers, allocations. matplotlib loads on first use.
+
+Each plot is a module of this folder with ``figure(inputs) -> Figure``, and a row of ``PLOTS``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation, Metrics
+from htsr_alloc.reports.plots.inputs import Inputs, Size
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from htsr_alloc.records.results import Result
 
-VIEWS = ("overview", "layers", "heatmap", "allocation", "esd")
+@dataclass(frozen=True)
+class Plot:
+    """What a plot shows and needs.
+
+    Attributes:
+        shows: in a few words.
+        metrics: how many metrics files, at least and at most (None: any number).
+        allocations: how many allocation files at least.
+        chooses: whether it takes a choice of matrices, layers and roles.
+    """
+
+    shows: str
+    metrics: tuple[int, int | None] = (0, None)
+    allocations: int = 0
+    chooses: bool = False
+
+    def check(self, name: str, inputs: Inputs) -> None:
+        """Raises:
+        HtsrError: too few or too many files, or a choice that the plot does not take.
+        """
+        least, most = self.metrics
+        count = len(inputs.metrics)
+        if not self.chooses and (inputs.matrix or inputs.layer or inputs.role):
+            raise HtsrError(
+                f"The {name} view shows all matrices.", "Remove --matrix, --layer and --role."
+            )
+        if len(inputs.allocations) < self.allocations:
+            raise HtsrError(
+                f"The {name} view needs an allocation file.", "Make one: htsr allocate."
+            )
+        if count < least:
+            files = "a metrics file" if least == 1 else f"{least} metrics files"
+            raise HtsrError(f"The {name} view needs {files}.", "Make one: htsr analyze.")
+        if most is not None and count > most:
+            files = "one metrics file" if most == 1 else f"{most} metrics files"
+            raise HtsrError(f"The {name} view takes {files}.", "Draw the others separately.")
+
+
+PLOTS = {
+    "overview": Plot("layers, heatmap and allocation, as far as the files have them"),
+    "layers": Plot("the metric by layer: a line per role, or per model", metrics=(1, None)),
+    "heatmap": Plot("role by layer", metrics=(1, 1)),
+    "allocation": Plot("experts against uniform and MoLA", allocations=1),
+    "difference": Plot("what fine-tuning changed; the base is the first file", metrics=(2, 2)),
+    "esd": Plot("spectra with their peaks and tails", metrics=(1, 1), chooses=True),
+}
 
 
 def plot(
@@ -28,82 +77,81 @@ def plot(
     role: Collection[str] = (),
     spectra: Mapping[str, np.ndarray] | None = None,
     output: str | Path | None = None,
+    size: Size | None = None,
+    dpi: float | None = None,
 ) -> Figure:
-    """One figure of what the sources say.
+    """One figure of the sources.
 
     Args:
         sources: metrics and allocations, as files or as records.
-        view: ``layers`` (one line a role, the mean in bold), ``heatmap`` (role by layer),
-            ``allocation`` (bars against uniform and MoLA), ``esd`` (spectra with their tails), or
-            ``overview``, all but the spectra: the default. Several metrics become one line each.
+        view: a name in ``PLOTS``. The default is ``esd`` where matrix, layer or role is given,
+            else ``overview``.
         metric: pl_alpha_hill, alpha_hat or stable_rank.
-        matrix, layer, role: which spectra ``esd`` shows; any of them chooses it. ``matrix`` takes
-            names of tensors and shell patterns.
+        matrix, layer, role: which spectra ``esd`` shows. ``matrix`` takes names of tensors and
+            shell patterns.
         spectra: tensor -> ascending eigenvalues, for a record; a file has them beside it.
         output: a .png, .svg or .pdf file to write as well.
+        size: width and height in inches, 1 to 100; the default depends on the plot.
+        dpi: dots per inch of a png, 10 to 1200; default 150.
 
     Returns:
-        The figure, matplotlib's own.
+        matplotlib's figure.
 
     Raises:
-        HtsrError: unreadable files, nothing to draw, an unknown view, metric or matrix.
+        HtsrError: unreadable files, nothing to draw, an unknown view, metric or matrix, a size
+            that cannot be drawn.
     """
-    from htsr_alloc.reports.plots import figures, style
+    from htsr_alloc import style
 
     chosen = view or ("esd" if matrix or layer or role else "overview")
-    if chosen not in VIEWS:
-        raise HtsrError(f"There is no view {chosen!r}.", f"Choose from {', '.join(VIEWS)}.")
-    if chosen != "esd" and (matrix or layer or role):
-        raise HtsrError(
-            f"The {chosen} view shows all matrices.", "Leave --matrix, --layer, --role out."
-        )
+    if chosen not in PLOTS:
+        raise HtsrError(f"There is no view {chosen!r}.", f"Choose from {', '.join(PLOTS)}.")
+    if size is not None and not all(1 <= side <= 100 for side in size):
+        raise HtsrError(f"A figure cannot be {size[0]:g} x {size[1]:g} inches (1 to 100 each).")
+    if dpi is not None and not 10 <= dpi <= 1200:
+        raise HtsrError(f"A figure cannot have {dpi:g} dots per inch (10 to 1200).")
     if output is not None:
-        style.format_of(Path(output))
+        kind = style.format_of(Path(output))
+        if dpi is not None and kind != "png":
+            raise HtsrError(f"A {kind} has no dots per inch.", "Remove --dpi, or write a .png.")
     found = [_opened(source) for source in sources]
-    metrics = [(label, r, result) for label, r, result in found if isinstance(r, Metrics)]
-    allocations = [(label, r) for label, r, _ in found if isinstance(r, Allocation)]
-    if chosen == "allocation" and not allocations:
-        raise HtsrError("The allocation view needs an allocation file.", "Make one: htsr allocate.")
-    if chosen in ("layers", "heatmap", "esd") and not metrics:
-        raise HtsrError(f"The {chosen} view needs a metrics file.", "Make one: htsr analyze.")
     if not found:
         raise HtsrError("There is nothing to draw.", "Name a metrics or an allocation file.")
-    if len(metrics) > 1 and (
-        chosen in ("heatmap", "esd") or (chosen == "overview" and allocations)
-    ):
-        raise HtsrError("This view takes one metrics file.", "Draw the others by themselves.")
-    if chosen == "esd":
-        figure = _esd(*metrics[0][1:], spectra, matrix, layer, role)
-    elif len(metrics) > 1 and chosen != "allocation":
-        figure = figures.models_figure([(label, record) for label, record, _ in metrics], metric)
-    else:
-        panels = ("layers", "heatmap", "allocation") if chosen == "overview" else (chosen,)
-        record = metrics[0][1] if metrics and chosen != "allocation" else None
-        figure = figures.model_figure(record, allocations, metric, panels)
+    metrics = [(label, r, path) for label, r, path in found if isinstance(r, Metrics)]
+    inputs = Inputs(
+        metrics=tuple((label, record) for label, record, _ in metrics),
+        allocations=tuple((label, r) for label, r, _ in found if isinstance(r, Allocation)),
+        metric=metric,
+        matrix=matrix,
+        layer=layer,
+        role=role,
+        spectra=spectra,
+        path=metrics[0][2] if metrics else None,
+        size=size,
+    )
+    figure = draw(chosen, inputs)
     if output is not None:
-        style.save(figure, output)
+        style.save(figure, output, dpi or style.DPI)
     return figure
 
 
-def _opened(source) -> tuple[str, Metrics | Allocation, Result | None]:
+def draw(view: str, inputs: Inputs) -> Figure:
+    """The plot of that name.
+
+    Raises:
+        HtsrError: the inputs are not what it needs.
+    """
+    PLOTS[view].check(view, inputs)
+    return import_module(f"{__name__}.{view}").figure(inputs)
+
+
+def _opened(
+    source: str | Path | Metrics | Allocation,
+) -> tuple[str, Metrics | Allocation, Path | None]:
     """A label, the record, and the file it came from."""
     from htsr_alloc.records.results import read_result
 
     if isinstance(source, (Metrics, Allocation)):
         return (source.model.name if source.model else "allocation"), source, None
     result = read_result(source)
-    return result.stem, result.record, result
-
-
-def _esd(metrics, result, spectra, matrix, layer, role) -> Figure:
-    from htsr_alloc.records.results import open_spectra
-    from htsr_alloc.reports.plots import figures
-    from htsr_alloc.reports.plots.spectra import choose
-
-    matrices = choose(metrics, matrix, layer, role)
-    with ExitStack() as stack:
-        if spectra is None:
-            if result is None:
-                raise HtsrError("A record alone has no spectra.", "Give spectra=, or the file.")
-            spectra = stack.enter_context(open_spectra(metrics, result.path))
-        return figures.esd_figure(metrics, matrices, spectra)
+    return result.stem, result.record, result.path

@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from htsr_alloc.allocation import mola_counts
 from htsr_alloc.records import Allocation
-from htsr_alloc.reports.plots.layers import legend_beside, mark_stacks, number_layers
-from htsr_alloc.reports.plots.style import COLOURS, plain
+from htsr_alloc.reports.plots.inputs import Inputs
+from htsr_alloc.reports.plots.panels import (
+    Panel,
+    legend_beside,
+    mark_stacks,
+    number_layers,
+    stack,
+)
+from htsr_alloc.style import COLOURS, plain
 
 MOLA = (2, 4, 6, 8)  # MoLA-2468, the paper's "inverted triangle"
 BARS = "#B5DCF4"  # pale enough that the steps stand out in a grey print
-MANY = 40  # layers from which the bars carry no numbers
+MANY, DIGITS = 40, 80  # layers and digits for which 8 inches have room above the bars
+
+
+def figure(inputs: Inputs) -> Figure:
+    """One panel of bars for each allocation."""
+    layers = max(len(record.experts) for _, record in inputs.allocations)
+    return stack(panels(inputs.allocations), layers, size=inputs.size)
+
+
+def panels(allocations: Sequence[tuple[str, Allocation]]) -> list[Panel]:
+    """A titled panel for each (label, allocation)."""
+
+    def panel(label: str, record: Allocation) -> Panel:
+        def draw(axes: Axes) -> None:
+            draw_allocation(axes, record)
+            axes.set_title(title(label, record), loc="left")
+
+        return 2.3, draw
+
+    return [panel(*item) for item in allocations]
+
+
+def title(label: str, allocation: Allocation) -> str:
+    """The file and what it decided."""
+    strategy = allocation.strategy
+    beta = f", β = {strategy.beta:g}" if strategy and strategy.beta is not None else ""
+    return f"{plain(label, 40)}: T = {allocation.budget}{beta}"
 
 
 def baselines(allocation: Allocation) -> dict[str, list[float]]:
@@ -52,7 +87,9 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     }
     for label, shares in baselines(allocation).items():
         axes.stairs(shares, edges, baseline=None, label=label, linewidth=1.5, **looks[label])
-    if count <= MANY:
+    digits = sum(len(str(experts)) for experts in allocation.experts)
+    room = min(1, axes.figure.bbox.width / axes.figure.dpi / 8)  # pyright: ignore[reportAttributeAccessIssue]
+    if count <= MANY * room and digits <= DIGITS * room:
         for text in axes.bar_label(bars, fontsize=7, padding=1):  # legible on a baseline
             text.set(zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")])
     axes.set_ylabel("experts of all linears" if allocation.modules else "experts")

@@ -1,4 +1,4 @@
-"""A metric over the layers: lines by role, a heat map, several models in one picture."""
+"""A metric by layer: one line per role, or one line per model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,43 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
 from htsr_alloc.records import Metrics
 from htsr_alloc.records.tables import layer_values, role_values
-from htsr_alloc.reports.plots.style import COLOUR_MAP, LABELS, line_styles, plain
+from htsr_alloc.reports.plots.inputs import Inputs
+from htsr_alloc.reports.plots.panels import (
+    LABELS,
+    Panel,
+    legend_beside,
+    mark_stacks,
+    metrics_title,
+    number_layers,
+    stack,
+)
+from htsr_alloc.style import line_styles, plain
 
 MARKS = 16  # markers along a line, about; more would touch at 80 layers
-FEW_LAYERS = 12  # up to which a heat map's cells carry their numbers
+
+
+def figure(inputs: Inputs) -> Figure:
+    """One file: its roles and their mean. Several: the layers' means, one line each."""
+    several = len(inputs.metrics) > 1
+    if several:
+        layers = max(len(metrics.layers) for _, metrics in inputs.metrics)
+        drawn = (3.2, lambda axes: draw_models(axes, inputs.metrics, inputs.metric))
+        return stack([drawn], layers, size=inputs.size)
+    metrics = inputs.metrics[0][1]
+    return stack(
+        [panel(metrics, inputs.metric)], len(metrics.layers), metrics_title(metrics), inputs.size
+    )
+
+
+def panel(metrics: Metrics, metric: str) -> Panel:
+    """The lines of one model, with the height that their legend needs."""
+    roles = len({matrix.role for matrix in metrics.matrices})
+    height = max(3.0, 0.19 * min(roles, 16) + 0.8)
+    return height, lambda axes: draw_layers(axes, metrics, metric)
 
 
 def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
@@ -58,50 +86,6 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
     legend_beside(axes)
 
 
-def draw_heatmap(axes: Axes, metrics: Metrics, metric: str) -> None:
-    """Role by layer; hatched where there is no value.
-
-    The colours span the values from the 2nd to the 98th percentile, so that one outlier does not
-    make all others alike; the colour bar has a tip where values lie beyond.
-    """
-    layer_values(metrics, metric)  # refuses what cannot be drawn
-    roles, table = role_values(metrics, metric)
-    axes.patch.set(facecolor="white", hatch="xxx", edgecolor="0.7")
-    known = table[np.isfinite(table)]
-    low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
-    below, above = bool((known < low).any()), bool((known > high).any())
-    mesh = axes.pcolormesh(
-        np.arange(table.shape[1] + 1) - 0.5,
-        np.arange(len(roles) + 1) - 0.5,
-        np.ma.masked_invalid(table),
-        cmap=COLOUR_MAP,
-        vmin=low,
-        vmax=high,
-        edgecolor="white",
-        linewidth=0.3,
-    )
-    axes.set_yticks(range(len(roles)), [plain(role, 28) for role in roles], fontsize=8)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-    axes.tick_params(left=False)
-    number_layers(axes, table.shape[1])
-    beside = axes.inset_axes((1.01, 0, 0.015, 1))
-    Colorbar(
-        beside,
-        mesh,
-        extend="both" if below and above else "min" if below else "max" if above else "neither",
-        label=LABELS[metric],
-    )
-    if table.shape[1] <= FEW_LAYERS:
-        for (row, column), value in np.ndenumerate(table):
-            if np.isfinite(value):
-                light = value > (low + high) / 2
-                colour = "black" if light else "white"
-                axes.text(
-                    column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
-                )
-
-
 def draw_models(axes: Axes, models: Sequence[tuple[str, Metrics]], metric: str) -> None:
     """The layers' means of several files, one line each; by relative depth where their numbers of
     layers differ."""
@@ -138,28 +122,3 @@ def marked(values: np.ndarray, start: int, every: int) -> list[int]:
 def relative_depth(layers: int) -> np.ndarray:
     """(layers,) from 0, the first layer, to 1, the last; the only one of a model is at 0."""
     return np.arange(layers) / max(1, layers - 1)
-
-
-def number_layers(axes: Axes, count: int) -> None:
-    """The x axis: whole layers, as many numbers as there is room for."""
-    axes.set_xlim(-0.5, count - 0.5)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
-    )
-    axes.set_xlabel("layer")
-
-
-def mark_stacks(axes: Axes, prefixes: Sequence[str | None]) -> None:
-    """A dotted line where an encoder ends and a decoder starts."""
-    stacks = [(prefix or "").rpartition(".")[0] for prefix in prefixes]
-    for i in range(1, len(stacks)):
-        if stacks[i] != stacks[i - 1]:
-            axes.axvline(i - 0.5, color="0.4", linestyle=":", linewidth=1)
-
-
-def legend_beside(axes: Axes) -> None:
-    """A legend right of the axes, where it hides no line."""
-    handles, _ = axes.get_legend_handles_labels()
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, ncols=1 + len(handles) // 16
-    )

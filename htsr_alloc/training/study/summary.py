@@ -223,14 +223,30 @@ def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figur
     Raises:
         HtsrError: there is nothing to compare yet, or the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from htsr_alloc import style
 
     compared = [line for line in lines if line.difference is not None]
     tasks = list(dict.fromkeys(line.task for line in compared))
     if not tasks:
         raise HtsrError("There is no pair to compare yet.", "Run more of the study.")
     names = [row.name for row in study.rows if any(line.row == row.name for line in compared)]
-    figure = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.2 + 0.24 * len(names)), layout="constrained")
+    with style.look():
+        figure = _drawn(study, compared, tasks, names)
+        if path is not None:
+            try:
+                figure.savefig(path)
+            except OSError as error:
+                raise files.cannot("write", path, error) from None
+    return figure
+
+
+def _drawn(
+    study: Study, compared: Sequence[Line], tasks: Sequence[str], names: Sequence[str]
+) -> Figure:
+    """One panel a task, one row of it a row of the study."""
+    from htsr_alloc.style import COLOURS, new_figure
+
+    figure = new_figure(2.2 + 2.6 * len(tasks), 1.2 + 0.24 * len(names))
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         axes.axvline(0, color="0.6", linewidth=0.8)
@@ -239,17 +255,16 @@ def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figur
                 continue
             d, y = line.difference, names.index(line.row)
             assert d is not None
-            axes.errorbar(100 * d.mean, y, xerr=100 * d.over_rows, fmt="o", color="C0", ms=4, lw=1)
-            axes.plot([100 * x for x in d.by_seed], [y] * len(d.by_seed), "|", color="C1", ms=8)
+            axes.errorbar(
+                100 * d.mean, y, xerr=100 * d.over_rows, fmt="o", color=COLOURS[0], ms=4, lw=1
+            )
+            axes.plot(
+                [100 * x for x in d.by_seed], [y] * len(d.by_seed), "|", color=COLOURS[1], ms=8
+            )
         axes.set_title(task)
         axes.set_xlabel(
             f"points over {study.baseline}\n(bars: 95 % over rows, ticks: seeds)", fontsize=8
         )
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    if path is not None:
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise files.cannot("write", path, error) from None
     return figure

@@ -8,10 +8,71 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics
-from htsr_alloc.reports.plots.style import COLOURS, plain
+from htsr_alloc.reports.plots.inputs import Inputs, Size
+from htsr_alloc.reports.plots.panels import metrics_title
+from htsr_alloc.style import COLOURS, look, new_figure, plain
+
+MOST_PANELS = 120
+MOST_BINS = 10_000
+PANEL_COLUMNS = 8
+
+
+def figure(inputs: Inputs) -> Figure:
+    """The chosen spectra of one model."""
+    metrics = inputs.metrics[0][1]
+    matrices = choose(metrics, inputs.matrix, inputs.layer, inputs.role)
+    with inputs.eigenvalues() as spectra:
+        return esd_figure(metrics, matrices, spectra, inputs.size)
+
+
+def esd_figure(
+    metrics: Metrics,
+    matrices: Sequence[Matrix],
+    spectra: Mapping[str, np.ndarray],
+    size: Size | None = None,
+) -> Figure:
+    """One ESD in full, or a grid of small ones.
+
+    Raises:
+        HtsrError: too many for one picture, or a spectrum is absent.
+    """
+    if len(matrices) > MOST_PANELS:
+        raise HtsrError(
+            f"{len(matrices)} spectra do not fit one picture (at most {MOST_PANELS}).",
+            "Choose fewer with --matrix, --layer or --role.",
+        )
+    values, bins = spectra_of(matrices, spectra), metrics.settings.bins
+    if not 1 <= bins <= MOST_BINS:
+        raise HtsrError(f"A histogram of {bins} bins cannot be drawn (1 to {MOST_BINS}).")
+    with look():
+        if len(matrices) == 1:
+            if values[0] is None:
+                reason = matrices[0].reason
+                raise HtsrError(f"{matrices[0].tensor} has no spectrum: {reason}.")
+            figure = new_figure(*(size or (6.4, 4.6)))
+            draw_esd(figure.subplots(), matrices[0], values[0], bins)
+            shape = " x ".join(str(n) for n in matrices[0].shape)
+            figure.suptitle(f"{metrics_title(metrics)}, {shape}", fontsize=9)
+            return figure
+        columns = min(PANEL_COLUMNS, max(3, round(len(matrices) ** 0.5)), len(matrices))
+        rows = -(-len(matrices) // columns)
+        figure = new_figure(*(size or (max(6.0, 1.7 * columns + 0.4), 1.55 * rows + 1.0)))
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, matrix, own in zip(grid, matrices, values, strict=False):
+            if own is None:
+                no_spectrum(axes, matrix)
+            else:
+                draw_esd(axes, matrix, own, bins, small=True)
+        for axes in grid[len(matrices) :]:
+            axes.set_axis_off()
+        figure.supxlabel("eigenvalue λ of WᵀW", fontsize=9)
+        figure.supylabel("density", fontsize=9)
+        figure.suptitle(f"{metrics_title(metrics)}: peak (▽), xmin (dashed), fitted tail")
+    return figure
 
 
 def choose(
@@ -62,7 +123,8 @@ def draw_esd(
 ) -> None:
     """One spectrum, log-log: the density of its eigenvalues and the fitted tail.
 
-    The bins are equal in log10 λ, the ones whose fullest is the peak. The tail is
+    The bins are equal in log10 λ. The peak is the left edge of the fullest bin. It need not be the
+    highest bar: a bar is a density, and bins are wider at larger λ. The tail is
     p(λ) = (k/N) (α - 1)/xmin (λ/xmin)^(-α) from xmin on: a straight line of slope -α, scaled to
     the share k/N of the eigenvalues that it was fitted to.
 
@@ -85,6 +147,18 @@ def draw_esd(
     floor = density[density > 0].min() / 3
     axes.stairs(
         density, edges, fill=True, baseline=floor, color="0.78", label=f"{len(values)} eigenvalues"
+    )
+    top = int(counts.argmax())  # the first of several, as the estimators take it
+    axes.scatter(
+        edges[top],
+        density[top],
+        16 if small else 36,
+        marker="v",
+        facecolor="white",
+        edgecolor="black",
+        linewidth=0.8,
+        zorder=4,
+        label=f"peak, λ = {edges[top]:.3g}",
     )
     alpha, xmin, k = matrix.pl_alpha_hill, matrix.xmin, matrix.k
     if alpha is not None and xmin is not None and k is not None:

@@ -24,13 +24,9 @@ from htsr_alloc.records.text import printable
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":")
+DPI = 150
 COLOUR_MAP = "cividis"  # its lightness grows evenly, so that grey prints keep the order
 
-LABELS = {
-    "pl_alpha_hill": "PL_Alpha_Hill",
-    "alpha_hat": "Alpha_Hat",
-    "stable_rank": "Stable_Rank",
-}
 SUFFIXES = ("png", "svg", "pdf")
 
 _LOOK = {
@@ -45,7 +41,7 @@ _LOOK = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "hatch.linewidth": 0.6,
-    "savefig.dpi": 150,
+    "savefig.dpi": DPI,
     "svg.fonttype": "path",  # looks the same without the font
     "svg.hashsalt": "htsr",  # the same figure has the same bytes
     "pdf.fonttype": 42,
@@ -65,7 +61,7 @@ def look() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches, whose parts make room for each other."""
+    """An empty figure of that size in inches, whose parts make room for each other."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -106,17 +102,32 @@ def format_of(path: Path) -> str:
     return suffix
 
 
-def write(figure: Figure, file: BinaryIO, kind: str) -> None:
-    """The figure's bytes: the same for the same figure, without dates."""
+def write(figure: Figure, file: BinaryIO, kind: str, dpi: float = DPI) -> None:
+    """The figure's bytes: the same for the same figure, without dates.
+
+    Raises:
+        HtsrError: the figure is too small for its panels.
+    """
     with look(), warnings.catch_warnings():
         # A script that DejaVu Sans lacks shows as boxes; nothing the user could do about it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format=kind, metadata=_NO_DATES[kind])
+        warnings.filterwarnings("error", message="constrained_layout not applied")
+        try:
+            figure.savefig(file, format=kind, metadata=_NO_DATES[kind], dpi=dpi)
+        except UserWarning:
+            width, height = figure.get_size_inches()
+            raise HtsrError(
+                f"A figure of {width:g} x {height:g} inches has no room for its panels.",
+                "Choose a larger size.",
+            ) from None
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as its file's suffix says: png, svg or pdf. The same figure gives the same
+def save(figure: Figure, path: str | Path, dpi: float = DPI) -> None:
+    """Write a figure as png, svg or pdf, by the file's suffix. The same figure gives the same
     bytes.
+
+    Args:
+        dpi: dots per inch of a png; the others are drawn in vectors.
 
     Raises:
         HtsrError: another suffix, or the file cannot be written.
@@ -124,4 +135,4 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     kind = format_of(path)
     with atomic_write(path) as file:
-        write(figure, file, kind)
+        write(figure, file, kind, dpi)
