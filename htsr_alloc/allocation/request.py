@@ -112,7 +112,7 @@ class Request:
         params: int | None = None,
         target_share: float | None = None,
         r: int | None = None,
-        adapter: str = "lora-moe",
+        adapter_kind: str = "lora-moe",
         rank: int | None = None,
         budget: Budget | int | None = None,
         metric: str | None = None,
@@ -133,7 +133,7 @@ class Request:
                 ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
             T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
                 and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
-            adapter: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of plain
+            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of plain
                 LoRA, whose parameters are those of ``rank`` on every linear.
             metric: see ``Metric``; ``scores`` of a file come in its place.
             per_module: a count for each linear, in a ``pool``, by default ``role``.
@@ -150,7 +150,7 @@ class Request:
             raise HtsrError(f"`pool` {pool} is about `per_module`.", "Give both, or neither.")
         return cls(
             _strategy(strategy, settings),
-            _budget(adapter, T, params, target_share, r, rank, budget),
+            _budget(adapter_kind, T, params, target_share, r, rank, budget),
             Metric(metric) if metric is not None else scores,
             (pool or "role") if per_module else None,
             tuple(targets),
@@ -188,7 +188,7 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
 
 
 def _budget(
-    adapter: str,
+    adapter_kind: str,
     T: int | None,
     params: int | None,
     target_share: float | None,
@@ -197,7 +197,7 @@ def _budget(
     budget: Budget | int | None,
 ) -> Budget | None:
     """The one budget that is given, if any; it must be one of the adapter's."""
-    check_choice("adapter", adapter, ADAPTERS)
+    check_choice("adapter_kind", adapter_kind, ADAPTERS)
     given = {
         "T": T,
         "params": params,
@@ -221,9 +221,9 @@ def _budget(
         chosen = Share(target_share, r or 8)
     elif rank is not None:
         chosen = Rank(rank)
-    words, kinds = ADAPTERS[adapter]
+    words, kinds = ADAPTERS[adapter_kind]
     if not isinstance(chosen, kinds):
         raise HtsrError(
-            f"The budget of `adapter` {adapter} is {words}.", "`rank` 16 is a budget of plain LoRA."
+            f"The budget of `adapter_kind` {adapter_kind} is {words}.", "`rank` 16 is a budget of plain LoRA."
         )
     return chosen

@@ -26,6 +26,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
+from htsr_alloc.spectra.engines import check_engine
 from htsr_alloc.spectra.estimators import fit
 from htsr_alloc.version import __version__
 
@@ -121,7 +122,9 @@ def analyze(
     if isinstance(output, (str, Path)):
         output = RunFiles(Path(output))
     layer_map = plan(checkpoint, settings)
-    fit(np.ones(0), settings.estimator, settings.bins)  # refuse a wrong estimator before the work
+    # What cannot run is refused before the journal, which would refuse the right settings later.
+    fit(np.ones(0), settings.estimator, settings.bins)
+    check_engine(settings.engine, settings.device)
     identity = _identity(checkpoint, settings)
     with Ranks.join() as ranks, ExitStack() as stack:
         journal = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from htsr_alloc.cli.choices import ADAPTER, POOL, REPAIR, STRATEGY
 from htsr_alloc.cli.options import OutFile
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
+
+if TYPE_CHECKING:
+    from htsr_alloc.records import Allocation
 
 
 def allocate(
@@ -30,7 +34,7 @@ def allocate(
     r: Annotated[
         int | None, "Rank r of one expert, for --params and --target-share; default 8."
     ] = None,
-    adapter: Annotated[
+    adapter_kind: Annotated[
         str,
         "What gets the budget: experts of a LoRA mixture, or ranks of plain LoRA (with --rank).",
         ADAPTER,
@@ -76,6 +80,7 @@ def allocate(
     draws: Annotated[int | None, "Bootstrap draws of --sensitivity; default 200."] = None,
     seed: Annotated[int | None, "Seed of the bootstrap; default 0."] = None,
     output: OutFile = None,
+    force: Annotated[bool, "Replace an output file that differs."] = False,
     *,
     screen: Screen,
 ) -> None:
@@ -105,7 +110,7 @@ def allocate(
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
-        adapter=adapter,
+        adapter_kind=adapter_kind,
         rank=rank,
         metric=metric,
         scores=given,
@@ -150,9 +155,28 @@ def allocate(
         screen.text(records.dumps(result))
         return
     path = output or Path(f"{stem}.allocation.json")
+    _refuse_to_replace(path, result, force)
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))
     screen.note(f"wrote {path}")
+
+
+def _refuse_to_replace(path: Path, result: Allocation, force: bool) -> None:
+    """Keep another allocation; only dates and the hash of the metrics may differ."""
+    from htsr_alloc import files, records
+
+    if force or not path.is_file():
+        return
+    try:
+        there = records.loads(records.Allocation, files.read_bytes(path), path.name)
+    except HtsrError:  # whatever it is, it is not this allocation
+        there = None
+    origin = {"tool": None, "metrics": None}
+    if there is None or replace(there, **origin) != replace(result, **origin):
+        raise HtsrError(
+            f"{path} is there and differs from this allocation.",
+            "Give --force to replace it, or another file with -o.",
+        )
 
 
 def _refuse_idle(idle: dict[str, bool]) -> None:

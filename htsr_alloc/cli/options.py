@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from htsr_alloc.cli.choices import Choice, filled
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
-    "adapter": ["--for"],
+    "adapter_kind": ["--for"],
     "T": ["--T"],
     "as_json": ["--json"],
     "high": ["--max"],

@@ -36,7 +36,7 @@ def parameters(metrics, r, targets=None):
 @pytest.mark.parametrize("more", [{}, {"per_module": True}, {"per_module": True, "pool": "all"}])
 @pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj")])
 def test_the_budget_is_the_uniform_rank_s(metrics, more, targets):
-    made = allocate(metrics, adapter="lora", rank=16, targets=targets or (), **more)
+    made = allocate(metrics, adapter_kind="lora", rank=16, targets=targets or (), **more)
     assert made.unit == RANKS
     assert made.parameters.asked == made.parameters.spent == parameters(metrics, 16, targets)
     assert made.parameters.r == 16
@@ -55,7 +55,7 @@ def test_the_budget_is_the_uniform_rank_s(metrics, more, targets):
 @settings(max_examples=40, deadline=None)
 @given(rank=some.integers(1, 64), beta=some.floats(-3, 3))
 def test_by_layers_the_mean_rank_is_exact(metrics, rank, beta):
-    made = allocate(metrics, adapter="lora", rank=rank, beta=beta)
+    made = allocate(metrics, adapter_kind="lora", rank=rank, beta=beta)
     assert sum(made.experts) == rank * 6
     assert min(made.experts) >= 1
 
@@ -68,7 +68,7 @@ def test_uniform_is_the_rank_everywhere(metrics):
 def test_peft_builds_it_and_counts_the_uniform_rank_s_parameters(metrics):
     peft = pytest.importorskip("peft")
     for more in ({}, {"per_module": True}):
-        made = allocate(metrics, adapter="lora", rank=16, **more)
+        made = allocate(metrics, adapter_kind="lora", rank=16, **more)
         config = json.loads(to_peft_rank(made, Lora.of(made)))
         assert (config["r"], config["lora_alpha"]) == (16, 32)
         model = peft.get_peft_model(tiny.llama(layers=6), peft.LoraConfig(**config))
@@ -88,7 +88,7 @@ def test_peft_builds_it_and_counts_the_uniform_rank_s_parameters(metrics):
 
 
 def test_lora_alpha_is_that_of_the_uniform_rank(metrics):
-    made = allocate(metrics, adapter="lora", rank=16)
+    made = allocate(metrics, adapter_kind="lora", rank=16)
     config = json.loads(to_peft_rank(made, Lora.of(made, lora_alpha=16)))
     assert config["alpha_pattern"] == config["rank_pattern"]  # scale 1
     with pytest.raises(HtsrError, match="holds the linears' ranks"):
@@ -96,7 +96,7 @@ def test_lora_alpha_is_that_of_the_uniform_rank(metrics):
 
 
 def test_other_exports(metrics):
-    made = allocate(metrics, adapter="lora", rank=32, targets=("q_proj",))
+    made = allocate(metrics, adapter_kind="lora", rank=32, targets=("q_proj",))
     lora = Lora.of(made)
     config = yaml.safe_load(to_axolotl(made, lora))
     plain = json.loads(to_peft_rank(made, lora))
@@ -112,7 +112,7 @@ def test_a_mixture_is_refused_and_plain_lora_is_trained(metrics):
     from htsr_alloc.lora_moe import build
     from htsr_alloc.training.models import Adapter, trainable
 
-    made = allocate(metrics, adapter="lora", rank=4)
+    made = allocate(metrics, adapter_kind="lora", rank=4)
     with pytest.raises(HtsrError, match="A mixture needs experts"):
         build(tiny.llama(layers=6), made)
     lora = Lora.of(made)
@@ -123,14 +123,14 @@ def test_a_mixture_is_refused_and_plain_lora_is_trained(metrics):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"adapter": "lora"}, "budget of adapter lora is rank"),
-        ({"adapter": "lora", "T": 9}, "budget of adapter lora is rank"),
-        ({"rank": 4, "T": 9, "adapter": "lora"}, "are all budgets"),
-        ({"rank": 4}, "budget of adapter lora-moe is T"),
-        ({"rank": 0, "adapter": "lora"}, "rank must be at least 1"),
-        ({"rank": 4, "adapter": "lora", "top_k": 1}, "top_k means nothing"),
-        ({"rank": 4, "adapter": "dora"}, "dora"),
-        ({"rank": 4, "adapter": "lora", "r": 2}, "r matters to"),
+        ({"adapter_kind": "lora"}, "budget of adapter_kind lora is rank"),
+        ({"adapter_kind": "lora", "T": 9}, "budget of adapter_kind lora is rank"),
+        ({"rank": 4, "T": 9, "adapter_kind": "lora"}, "are all budgets"),
+        ({"rank": 4}, "budget of adapter_kind lora-moe is T"),
+        ({"rank": 0, "adapter_kind": "lora"}, "rank must be at least 1"),
+        ({"rank": 4, "adapter_kind": "lora", "top_k": 1}, "top_k means nothing"),
+        ({"rank": 4, "adapter_kind": "dora"}, "dora"),
+        ({"rank": 4, "adapter_kind": "lora", "r": 2}, "r matters to"),
     ],
 )
 def test_wrong_requests(metrics, given, said):
@@ -141,7 +141,7 @@ def test_wrong_requests(metrics, given, said):
 
 
 def test_the_file(metrics):
-    made = allocate(metrics, adapter="lora", rank=4)
+    made = allocate(metrics, adapter_kind="lora", rank=4)
     assert loads(Allocation, dumps(made), "here") == made
     with pytest.raises(ValueError, match="ranks need them"):
         dumps(replace(made, parameters=None))
