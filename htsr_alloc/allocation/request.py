@@ -224,6 +224,7 @@ def _budget(
     words, kinds = ADAPTERS[adapter_kind]
     if not isinstance(chosen, kinds):
         raise HtsrError(
-            f"The budget of `adapter_kind` {adapter_kind} is {words}.", "`rank` 16 is a budget of plain LoRA."
+            f"The budget of `adapter_kind` {adapter_kind} is {words}.",
+            "`rank` 16 is a budget of plain LoRA.",
         )
     return chosen
