@@ -46,7 +46,12 @@ def deberta():
         **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=10,
         share_att_key=True, position_biased_input=False, type_vocab_size=0, pad_token_id=0,
     )  # fmt: skip
-    return transformers.DebertaV2ForTokenClassification(config), ["query_proj", "key_proj", "value_proj", "dense"]
+    return transformers.DebertaV2ForTokenClassification(config), [
+        "query_proj",
+        "key_proj",
+        "value_proj",
+        "dense",
+    ]
 
 
 def switch():
