@@ -28,12 +28,13 @@ STACK_WORDS = {
     "albert_layer_groups": "ALBERT",
 }
 
+STACKED_2D = r"experts\.mlp\.[wv]\d"
 # Tensors that are no weight matrix of a block, wherever they stand.
 SKIPPED_NAMES = (
     (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
     (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
     (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
-    (r"experts\.mlp\.[wv]\d", "DBRX stacks its experts in a 2-d tensor, which is not split"),
+    (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
 )
 # Tensors outside every block that deserve a better reason than that.
 SKIPPED_OUTSIDE = (
@@ -129,7 +130,7 @@ def map_layers(
     mixtures = {
         blocks[ref.name]
         for ref in tensors
-        if ref.name in blocks and EXPERT_WORD.search(ref.name) and _is_expert(ref)
+        if ref.name in blocks and is_mixture(ref.name, len(ref.shape))
     }
     skipped: dict[str, str] = {}
     kept: list[TensorRef] = []
@@ -213,9 +214,9 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         if name.endswith("weight" + suffix):
             return f"scale of {name.removesuffix(suffix)}"
     base = re.sub(r"[._]weight$", "", name)
-    for pattern, reason in SKIPPED_NAMES:
-        if _names(pattern, base):
-            return reason
+    named = skipped_by_name(base)
+    if named is not None:
+        return named
     if place is None:
         for pattern, reason in SKIPPED_OUTSIDE:
             if _names(pattern, base):
@@ -241,8 +242,16 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
     return None
 
 
-def _is_expert(ref: TensorRef) -> bool:
-    return len(ref.shape) == 3 or _expert_position(ref.name) is not None
+def skipped_by_name(module: str) -> str | None:
+    """Why a module of this full name has no weight matrix of a block, wherever it stands."""
+    found = (reason for pattern, reason in SKIPPED_NAMES if _names(pattern, module))
+    return next(found, None)
+
+
+def is_mixture(name: str, dims: int) -> bool:
+    """Whether a tensor of this full name and number of dimensions belongs to experts."""
+    stacked = dims == 3 or is_numbered_expert(name) or _names(STACKED_2D, name)
+    return EXPERT_WORD.search(name) is not None and stacked
 
 
 def is_router(module: str) -> bool:

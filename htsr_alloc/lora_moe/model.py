@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -17,7 +22,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
-from htsr_alloc.lora_moe.linears import base_weight, block_of
+from htsr_alloc.lora_moe.linears import base_weight, block_of, left_out
 from htsr_alloc.lora_moe.passes import PassHooks
 from htsr_alloc.lora_moe.register import NAME, register
 from htsr_alloc.lora_moe.state import STATE, RouterState
@@ -84,7 +89,7 @@ class LoraMoeModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
+            peft_config.target_modules = ALL_LINEAR
             system = SYSTEMS[peft_config.system]
             if system.targets:
                 names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
@@ -96,6 +101,9 @@ class LoraMoeModel(BaseTuner):
                         "Name some in target_modules.",
                     )
                 peft_config.target_modules = found
+        if str(peft_config.target_modules).lower() == ALL_LINEAR:
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules -= left_out(self.model).keys()
         return peft_config
 
     @staticmethod
