@@ -99,7 +99,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return base
         for adapter in self.active_adapters:
-            if adapter in self.mixture:
+            if adapter in self.mixture and not self.mixture[adapter].system.idle(self, adapter):
                 result = self.adapt(result, x, adapter, base)
         return result.to(base.dtype)
 
