@@ -101,7 +101,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         if self.state.tenants is not None:
             return self.mixed(x, base)
         for adapter in self.active_adapters:
-            if adapter in self.mixture:
+            if adapter in self.mixture and not self.mixture[adapter].system.idle(self, adapter):
                 result = self.adapt(result, x, adapter, base)
         return result.to(base.dtype)
 

@@ -27,6 +27,31 @@ __all__ = ["DECODER", "ENCODER", "STATE", "Generation", "Pass", "RouterState", "
 STATE = "lora_moe_state"  # attribute of the adapted model
 
 
+class Choice(dict[tuple[str, str], Routing]):
+    """What routers before a block chose for a batch of prompts, (B, N), by block and adapter.
+
+    It is kept for the passes after the prompts', and with it what does not change in them.
+
+    Attributes:
+        used: by block and adapter, which of the N some row chose; empty until ``settle``.
+        kept: what a linear has computed once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: dict[tuple[str, str], tuple[bool, ...]] = {}
+        self.kept: dict[Any, Tensor] = {}
+
+    def settle(self) -> None:
+        """Ask the device, once, what was chosen; not where a graph is traced."""
+        if self.used or not self or torch.compiler.is_compiling():
+            return
+        some = [routing.chosen.any(0) for routing in self.values()]  # (N,) each
+        flags = iter(torch.cat([value.to(some[0].device) for value in some]).tolist())
+        for key, value in zip(self, some, strict=True):
+            self.used[key] = tuple(next(flags) for _ in value)
+
+
 @dataclass
 class Generation:
     """One call of generate.
@@ -37,7 +62,7 @@ class Generation:
     """
 
     length: int
-    decisions: dict[tuple[str, str], Routing] | None = None
+    decisions: Choice | None = None
 
 
 class Pass:
@@ -50,7 +75,7 @@ class Pass:
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
         prompt: (B, S), which tokens are a prompt's, for routers that choose by it; None where
             their choice is made already.
-        decisions: the choice (B, N) of routers before a block, by block and adapter.
+        decisions: of routers before a block.
     """
 
     def __init__(
@@ -65,7 +90,7 @@ class Pass:
         self.share: Tensor | float = 1.0
         self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
-        self.decisions: dict[tuple[str, str], Routing] = {}
+        self.decisions = Choice()
 
 
 class RouterState:

@@ -410,8 +410,8 @@ def test_a_newer_adapter_is_refused(tmp_path):
     tiny.adapted().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "format_version": 2, "surprise": 1}))
-    with pytest.raises(HtsrError, match="format version 2, newer than"):
+    path.write_text(json.dumps({**config, "format_version": 3, "surprise": 1}))
+    with pytest.raises(HtsrError, match="format version 3, newer than"):
         PeftModel.from_pretrained(tiny.llama(), tmp_path)
 
 
