@@ -160,7 +160,7 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
         return None
     if not resume:
         raise HtsrError(
-            f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
+            f"{run.output} holds a run already.", "Give `resume`, or another folder as `output`."
         )
     before, now = json.loads(files.read_bytes(path)), run.settings()
     # What an older version did not write down cannot be compared.
@@ -169,7 +169,7 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
         raise HtsrError(
             f"{run.output} was started with another {changed[0]}: {before.get(changed[0])}, not "
             f"{now[changed[0]]}.",
-            "Give the same settings, or another folder with -o.",
+            "Give the same settings, or another folder as `output`.",
         )
     checkpoint, broken = saves.newest_whole(run.output / CHECKPOINTS)
     if broken and is_first():
