@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from htsr_alloc.allocation.budget import Budget, Experts, Params, Share, check_rank
 from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
@@ -167,7 +167,10 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
                 f"Leave it out, or give `strategy` {owners[0]}.",
             )
     return STRATEGIES[name](
-        **{key: tuple(v) if isinstance(v, Sequence) else v for key, v in given.items()}
+        **{
+            key: tuple(cast(Sequence[Any], v)) if isinstance(v, Sequence) else v
+            for key, v in given.items()
+        }
     )
 
 

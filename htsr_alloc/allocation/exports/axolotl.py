@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules
+from htsr_alloc.allocation.exports.modules import Modules, refuse_modules
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
 
 def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:

@@ -1,23 +1,12 @@
-"""What a trainer must know besides the allocation."""
+"""The linear modules of a model that an export may name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from htsr_alloc.errors import HtsrError
 
 Modules = Mapping[str, Sequence[str]]  # block prefix -> full names of the linears in it
-
-
-@dataclass(frozen=True)
-class Lora:
-    """What a LoRA trainer needs besides the allocation; ``r`` is of one expert."""
-
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ()
 
 
 def refuse_modules(export: str, modules: Modules | None) -> None:
