@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,18 @@ def test_no_test_imports_a_test():
         for node in ast.walk(ast.parse(path.read_text())):
             module = getattr(node, "module", None) or ""
             assert not module.split(".")[-1].startswith("test_"), path
+
+
+OTHERS = {"exports/mola.py", "exports/axolotl.py"}  # they write other programs' options
+COMMANDS = re.compile(r"(htsr|torchrun|python -m) .*")  # a whole command may have its options
+
+
+@pytest.mark.parametrize("wing", sorted(ARROWS))
+def test_below_the_command_line_no_sentence_names_an_option(wing):
+    for path in (PACKAGE / wing).rglob("*.py"):
+        if "/".join(path.parts[-2:]) in OTHERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = COMMANDS.sub("", node.value)
+                assert not re.search(r"(^|[\s`(])(--[a-zA-Z]|-[oq]\b)", text), f"{path}: {text}"

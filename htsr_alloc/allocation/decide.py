@@ -163,18 +163,18 @@ def _modules(units: Sequence[Unit], plan: Plan, top_k: int) -> tuple[Module, ...
 def _means(units: Sequence[Unit], plan: Plan, prefixes: Sequence[str | None]) -> list[Evidence]:
     """Each layer's mean count, rounded as eq. 7 rounds, so that the sum is kept."""
     columns: Any = ([unit.score for unit in units], plan.quotas, plan.counts)
-    rows = []
+    rows: list[tuple[int, str | None, list[float | None]]] = []
     for layer, prefix in enumerate(prefixes):
         own = [i for i, unit in enumerate(units) if unit.layer == layer]
         means = [math.fsum(c[i] for i in own) / len(own) if own else None for c in columns]
-        rows.append((layer, prefix, *means))
-    counts = [mean or 0.0 for *_, mean in rows]
+        rows.append((layer, prefix, means))
+    counts = [means[-1] or 0.0 for *_, means in rows]
     total = round(math.fsum(counts))
     whole = repair_remainder(counts, total, Bounds(0)) if total else [0] * len(counts)
     nothing = "no linear of this layer is adapted"
     return [
         Evidence(layer, prefix, score, quota, n, None if score is not None else nothing)
-        for (layer, prefix, score, quota, _), n in zip(rows, whole, strict=True)
+        for (layer, prefix, (score, quota, _)), n in zip(rows, whole, strict=True)
     ]
 
 

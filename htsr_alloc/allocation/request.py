@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from htsr_alloc.allocation.budget import (
     ADAPTERS,
@@ -133,7 +133,7 @@ class Request:
                 ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
             T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
                 and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
-            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of plain
+            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, ``lora`` ranks of plain
                 LoRA, whose parameters are those of ``rank`` on every linear.
             metric: see ``Metric``; ``scores`` of a file come in its place.
             per_module: a count for each linear, in a ``pool``, by default ``role``.
@@ -183,7 +183,10 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
                 f"Leave it out, or give `strategy` {owners[0]}.",
             )
     return STRATEGIES[name](
-        **{key: tuple(v) if isinstance(v, Sequence) else v for key, v in given.items()}
+        **{
+            key: tuple(cast(Sequence[Any], v)) if isinstance(v, Sequence) else v
+            for key, v in given.items()
+        }
     )
 
 

@@ -103,11 +103,19 @@ def repair_official(
     return counts
 
 
-def _remainder(scores, quota, budget, beta, bounds) -> list[int]:
+Numbers = Sequence[float]
+Repair = Callable[[Numbers, Numbers, int, float, Bounds], list[int]]  # (v, q, T, beta, bounds)
+
+
+def _remainder(
+    scores: Numbers, quota: Numbers, budget: int, beta: float, bounds: Bounds
+) -> list[int]:
     return repair_remainder(quota, budget, bounds)
 
 
-def _official(scores, quota, budget, beta, bounds) -> list[int]:
+def _official(
+    scores: Numbers, quota: Numbers, budget: int, beta: float, bounds: Bounds
+) -> list[int]:
     bounds.check(budget, len(scores))
     counts = repair_official(scores, quota, budget, beta)
     for layer, count in enumerate(counts):
@@ -122,4 +130,4 @@ def _official(scores, quota, budget, beta, bounds) -> list[int]:
 
 
 REMAINDER = "remainder"  # the default
-REPAIRS: dict[str, Callable[..., list[int]]] = {REMAINDER: _remainder, "official": _official}
+REPAIRS: dict[str, Repair] = {REMAINDER: _remainder, "official": _official}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from htsr_alloc import files
 from htsr_alloc.allocation.units import Unit
@@ -125,14 +125,15 @@ def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
         return rows
     if path.suffix != ".json":
         raise ValueError("it is neither .csv nor .json")
-    data = files.parse_json(text)
+    data: Any = files.parse_json(text)
     if not isinstance(data, list):
         raise ValueError("it is not a list")
-    if data and all(not isinstance(row, dict) for row in data):
-        return [{"layer": i, column: value} for i, value in enumerate(data)]
-    if not all(isinstance(row, dict) for row in data):
+    rows = cast(list[Any], data)
+    if rows and all(not isinstance(row, dict) for row in rows):
+        return [{"layer": i, column: value} for i, value in enumerate(rows)]
+    if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it mixes numbers and objects")
-    return data
+    return rows
 
 
 def _number(value: Any, where: str) -> float:

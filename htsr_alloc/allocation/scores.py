@@ -114,7 +114,7 @@ def layer_scores(metrics: Metrics, metric: str) -> list[float]:
         HtsrError: unknown metric, or layers without a value.
     """
     weights = parse_metric(metric)
-    columns = []
+    columns: list[list[Any]] = []
     for name in weights:
         values = [getattr(layer, name) for layer in metrics.layers]
         missing = [x for x, v in zip(metrics.layers, values, strict=True) if v is None]
@@ -137,7 +137,7 @@ def linear_scores(units: Sequence[Unit], metric: str) -> list[float]:
         HtsrError: unknown metric, or linears without a value.
     """
     weights = parse_metric(metric)
-    columns = []
+    columns: list[list[Any]] = []
     for name in weights:
         values = [getattr(unit.matrix, name) for unit in units]
         for unit, value in zip(units, values, strict=True):

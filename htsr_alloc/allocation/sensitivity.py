@@ -15,7 +15,7 @@ from htsr_alloc.allocation.scores import Metric, parse_metric
 from htsr_alloc.allocation.strategies import AlphaLora
 from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import METRICS, Allocation, Metrics
+from htsr_alloc.records import METRICS, Allocation, Layer, Metrics
 from htsr_alloc.records.results import open_spectra
 from htsr_alloc.spectra.estimators import ESTIMATORS
 
@@ -109,7 +109,7 @@ def sensitivity_of(
     draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
     add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))
     ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}
-    layers = []
+    layers: list[LayerSensitivity] = []
     for row in own.evidence:
         by_cause = {cause: found[row.layer] for cause, found in ranges.items()}
         stable = all(found.near >= ENOUGH for found in by_cause.values())
@@ -138,7 +138,7 @@ def _bootstrap(
         values.append(np.array(known, dtype=float))  # (matrices, metrics)
 
     def draw() -> Metrics:
-        layers = []
+        layers: list[Layer] = []
         for layer, own in zip(metrics.layers, values, strict=True):
             chosen = own[generator.integers(len(own), size=len(own))].mean(axis=0)
             means = {name: float(chosen[METRICS.index(name)]) for name in names}

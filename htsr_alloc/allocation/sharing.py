@@ -67,7 +67,8 @@ class Sharing:
         """What the allocation file says of a strategy that shares ``by`` weights."""
         rounded = None if isinstance(self.budget, Params) else self.repair
         limits = {"min": self.bounds.low, "max": self.bounds.high}
-        return Strategy(name, **{"repair": rounded, **limits, **own})
+        said: dict[str, Any] = {"repair": rounded, **limits}
+        return Strategy(name, **(said | own))
 
     def _by_experts(
         self, weights: Sequence[float], budget: int, scores: Sequence[float], beta: float

@@ -100,7 +100,7 @@ def _closest(steps: Sequence[int], gap: int) -> list[bool]:
     for step in reversed(steps):
         reach.append((reach[-1] | reach[-1] << (step // unit)) & mask)
     left = reach[-1].bit_length() - 1
-    taken = []
+    taken: list[bool] = []
     for k, step in enumerate(steps, 1):
         rest = left - step // unit
         taken.append(rest >= 0 and bool(reach[-1 - k] >> rest & 1))

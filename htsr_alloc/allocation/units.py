@@ -73,7 +73,7 @@ def costed_layers(
             tensor.
     """
     chosen = selected(metrics, targets)
-    units = []
+    units: list[Unit] = []
     for layer in metrics.layers:
         own = [matrix for matrix in chosen if matrix.layer == layer.layer]
         if not own:
@@ -92,7 +92,7 @@ def linear_units(
     Raises:
         HtsrError: a target that no layer has, or a stack of experts in one tensor.
     """
-    units = []
+    units: list[Unit] = []
     for matrix in selected(metrics, targets):
         refuse_slices(matrix)
         name = re.sub(r"[._]?weight$", "", matrix.tensor)

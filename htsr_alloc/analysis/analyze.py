@@ -69,7 +69,7 @@ class RunFiles:
             check_bare_name(self.spectra.name, "the output's name")
             check_unicode([self.spectra.name])
         except ValueError as error:
-            raise HtsrError(f"{error}.", "Choose another output with -o.") from None
+            raise HtsrError(f"{error}.", "Choose another `output`.") from None
         for path in (self.metrics, self.spectra, self.journal):
             files.refuse_overwriting(path, inputs)
         for path in (self.metrics, self.spectra):
@@ -82,7 +82,7 @@ class RunFiles:
             if owned in files.read_bytes(other):
                 raise HtsrError(
                     f"{self.spectra.name} belongs to {other.name} and would be overwritten.",
-                    f"Write to {other.name}, or choose another output with -o.",
+                    f"Write to {other.name}, or choose another `output`.",
                 )
 
 
@@ -104,7 +104,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
         raise HtsrError(
             f"{first} holds integers ({dtype}): {len(layer_map.quantised)} weights of "
             f"{checkpoint.name} are quantised (GPTQ, AWQ, bitsandbytes, MXFP4 or the like).",
-            "Analyze the unquantised original, or leave these out with --exclude.",
+            "Analyze the unquantised original, or leave these out with `exclude`.",
         )
     if not layer_map.matrices:
         raise HtsrError(

@@ -21,7 +21,7 @@ WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
 
 @dataclass(frozen=True)
 class Cost:
-    """Bounds on memory with all workers and with one (the least --max-memory), rough seconds."""
+    """Bounds on memory with all workers and with one (the least ``max_memory``), rough seconds."""
 
     peak_bytes: int
     least_bytes: int

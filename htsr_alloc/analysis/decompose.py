@@ -34,7 +34,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise HtsrError(f"--workers must be at least 1, not {self.workers}.")
+            raise HtsrError(f"`workers` must be at least 1, not {self.workers}.")
 
 
 def decompose_all(
@@ -75,7 +75,7 @@ def decompose_all(
                 raise
             raise HtsrError(
                 f"There was not enough memory for {matrix.name} ({_size(matrix)}).",
-                "Run the same command again with fewer --workers; what is finished is kept.",
+                "Run the same command again with fewer `workers`; what is finished is kept.",
             ) from error
 
     def decompose(matrix: MatrixRef) -> Entry:
@@ -117,7 +117,7 @@ def _check_fits(matrices: Sequence[MatrixRef], engine: str) -> None:
             raise HtsrError(
                 f"{matrix.name} ({_size(matrix)}) takes {needed / 1e9:.0f} GB of memory, and "
                 f"this machine has {machine / 1e9:.0f} GB.",
-                "Leave it out with --exclude.",
+                "Leave it out with `exclude`.",
             )
 
 

@@ -143,10 +143,10 @@ def lock(file: BinaryIO, path: Path, held: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        hint = "Wait for it, or choose another output with -o."
+        hint = "Wait for it, or choose another `output`."
         raise HtsrError(held, hint) from None
     except OSError as error:
-        hint = "Choose a folder on a file system with locks, such as a local disk, with -o."
+        hint = "Choose an `output` on a file system with locks, such as a local disk."
         raise HtsrError(cannot("lock", path, error).message, hint) from None
 
 
@@ -194,7 +194,7 @@ def _check_header(line: bytes, identity: Mapping[str, Any], path: Path) -> None:
     if digest != _digest(text):
         old = line.endswith(b"}")
         why = "was written by htsr 0.1.0, without checksums" if old else "has a damaged first line"
-        raise HtsrError(f"{path} {why}.", "Start over with --restart.")
+        raise HtsrError(f"{path} {why}.", "Start over with `restart`.")
     found = json.loads(text)["identity"]
     for key in sorted(set(identity) | set(found)):
         if json.dumps(identity.get(key)) != json.dumps(found.get(key)):
@@ -205,14 +205,14 @@ def another(path: Path, what: str, difference: str) -> HtsrError:
     """The refusal of a journal of another run."""
     return HtsrError(
         f"{path} is of a run with another {what} ({difference}).",
-        "Run it as before, start over with --restart, or choose another output with -o.",
+        "Run it as before, start over with `restart`, or choose another `output`.",
     )
 
 
 def _foreign(path: Path) -> HtsrError:
     return HtsrError(
         f"{path} is not a journal of htsr; it is left as it is.",
-        "Move it away, or choose another output with -o.",
+        "Move it away, or choose another `output`.",
     )
 
 

@@ -24,7 +24,7 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
     """
     old = loads(Metrics, files.read_bytes(path), path.name)
     if old.spectra is None:
-        raise HtsrError(f"{path.name} was written without spectra.", "Analyze again with -o FILE.")
+        raise HtsrError(f"{path.name} was written without spectra.", "Analyze it to a file.")
     if output.metrics.parent.resolve() != path.parent.resolve():
         raise HtsrError(
             f"The new metrics share {old.spectra.file} with {path.name}.",

@@ -69,7 +69,7 @@ def run(
         raise HtsrError(
             f"One matrix takes {max(costs) / 1e6:.0f} MB, and the bound on memory leaves "
             f"{max(budget, 0) / 1e6:.0f} MB for matrices.",
-            f"Raise --max-memory by {(max(costs) - budget) / 1e6 + 1:.0f}MB.",
+            f"Raise `max_memory` by {(max(costs) - budget) / 1e6 + 1:.0f}MB.",
         )
     waiting = list(range(len(tasks)))
     running: dict[Future[Result], int] = {}

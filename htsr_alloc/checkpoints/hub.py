@@ -58,7 +58,7 @@ def open_hub(
     if not (offline or constants.HF_HUB_OFFLINE):
         return _online(repo_id, revision, token, cache, shards)
     if shards != "keep":
-        raise HtsrError("--stream and --drop-shards need the hub, which --offline excludes.")
+        raise HtsrError("Streaming or dropping shards needs the hub, which `offline` excludes.")
     return _offline(repo_id, revision, cache)
 
 
@@ -80,7 +80,7 @@ def _online(
             raise HtsrError(f"{name} of {repo_id} has {file.nbytes} bytes, too many.")
         if shards != "stream":
             return read_small(cached(name) or cache.fetch(file, ranges))
-        content = bytearray(file.nbytes)  # --stream leaves nothing on the disk
+        content = bytearray(file.nbytes)  # a stream leaves nothing on the disk
         ranges.read(file, 0, memoryview(content), whole=True)
         return bytes(content)
 
@@ -186,7 +186,7 @@ def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
         if path is None:
             raise HtsrError(
                 f"{name} of {repo_id} is not in the local cache.",
-                "Drop --offline and HF_HUB_OFFLINE, or --include only what is there.",
+                "Remove `offline` and HF_HUB_OFFLINE, or `include` only what is there.",
             )
         return path
 

@@ -145,9 +145,9 @@ def map_layers(
             found[place[0]].add(place[1])
         if reason is None:
             if include and not any(fnmatchcase(ref.name, pattern) for pattern in include):
-                reason = "not matched by --include"
+                reason = "not matched by include"
             elif any(fnmatchcase(ref.name, pattern) for pattern in exclude):
-                reason = "matched by --exclude"
+                reason = "matched by exclude"
         if reason is not None:
             skipped[ref.name] = reason
         elif ref.dtype not in FLOAT_DTYPES:

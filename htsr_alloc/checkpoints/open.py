@@ -31,7 +31,7 @@ def open_checkpoint(
         source: a ``.safetensors`` file, a folder, or a hub id (``org/name``). What exists on
             disk is taken first.
         revision, token, cache_dir, offline: passed to huggingface_hub for a hub id.
-        shards: what becomes of a hub id's weights. ``keep`` downloads them to the hub's cache,
+        shards: what is done with a hub id's weights. ``keep`` downloads them to the hub's cache,
             ``drop`` keeps each file only until its matrices are done, ``stream`` reads byte
             ranges and writes nothing.
 
@@ -44,7 +44,7 @@ def open_checkpoint(
     if path.exists() and shards != "keep":
         raise HtsrError(
             f"{path} is on this machine: there is nothing to stream or to drop.",
-            "Leave --stream and --drop-shards away.",
+            "Keep its shards, which is the default.",
         )
     if path.is_file():
         return open_file(path)

@@ -205,7 +205,7 @@ def _status(error: Exception) -> int | None:
 def _check(response: Any, file: RemoteFile, span: tuple[int, int] | None) -> None:
     """Refuse an answer that is not this range (None: all) of this file at this commit."""
     if span is not None and response.status_code != 206:
-        raise HtsrError(f"The server of {file.name} does not send ranges.", "Remove --stream.")
+        raise HtsrError(f"The server of {file.name} does not send ranges.", "Remove `stream`.")
     if span is None:
         total = response.headers.get("Content-Length", str(file.nbytes))
         same = response.status_code == 200 and total == str(file.nbytes)

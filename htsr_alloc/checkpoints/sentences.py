@@ -22,19 +22,19 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise HtsrError(
             f"{repo_id} is gated and this account has no access to it.",
-            "Ask for access on its page, then run `hf auth login` or pass --token.",
+            "Ask for access on its page, then run `hf auth login` or give `token`.",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HtsrError(
             f"There is no repository {repo_id}, or it is private.",
-            "Check the id; for a private one run `hf auth login` or pass --token.",
+            "Check the id; for a private one run `hf auth login` or give `token`.",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HtsrError(f"{repo_id} has no revision {revision}.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HtsrError(
             f"{repo_id}{at} is not in the local cache and the hub was not reached.",
-            "Check the network, or drop --offline and HF_HUB_OFFLINE.",
+            "Check the network, or remove `offline` and HF_HUB_OFFLINE.",
         ) from error
     except errors.EntryNotFoundError as error:
         raise HtsrError(f"A file of {repo_id}{at} is not there: {short(error)}.") from error

@@ -21,7 +21,7 @@ from htsr_alloc.errors import HtsrError
 
 
 class StreamedShards:
-    """``--stream``: each tensor by a range request of its own; nothing is written."""
+    """``stream``: each tensor by a range request of its own; nothing is written."""
 
     by_shard = False
 
@@ -88,7 +88,7 @@ class OfflineShards(CachedShards):
 
 
 class DroppedShards(CachedShards):
-    """``--drop-shards``: each shard in a folder of our own until it is released.
+    """``drop``: each shard in a folder of our own until it is released.
 
     A download that was cut, or killed, goes on where it stopped. What is in the hub's cache
     already is read there and stays.
@@ -152,7 +152,7 @@ class DroppedShards(CachedShards):
             held.close()
             raise HtsrError(
                 f"Another run is fetching the same shards to {self.folder}.",
-                "Wait for it, or let both use --keep-shards.",
+                "Wait for it, or let both keep their shards.",
             ) from None
         self._held = held
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.cli import views
 from htsr_alloc.cli.choices import SYSTEM
 from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.records.lora import Lora
 
 
 def build(

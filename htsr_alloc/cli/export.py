@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from htsr_alloc.allocation.exports import EXPORTS, Lora
 from htsr_alloc.cli.choices import EXPORT
 from htsr_alloc.cli.opening import Hub, layer_map_of
 from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.records.lora import Lora
 
 if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
@@ -40,6 +40,7 @@ def export(
         htsr export smollm2.allocation.json --to csv
     """
     from htsr_alloc import files, records
+    from htsr_alloc.allocation.exports import EXPORTS
 
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target_modules or ())

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.cli import views
 from htsr_alloc.cli.choices import DTYPE, TRAINED_SYSTEM
 from htsr_alloc.cli.options import Chat, Device, LoraAlpha, LoraDropout, LoraR, Target
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.records.lora import Lora
 from htsr_alloc.training import check_installed
 from htsr_alloc.training.settings import Recipe
 

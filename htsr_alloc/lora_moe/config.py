@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.balance import REDUCTIONS
 from htsr_alloc.lora_moe.register import LORA_MOE
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, system_of
 from htsr_alloc.lora_moe.systems.base import choose, positive
+from htsr_alloc.records.lora import Lora
 
 FORMAT_VERSION = 2  # the newest that can be read
 

@@ -15,7 +15,7 @@ import msgspec
 
 T = TypeVar("T")
 Hook = Callable[[type, Any], Any]
-PLAIN = (  # msgspec's words, and ours
+PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (  # msgspec's words, and ours
     (r"(?s)^Object contains unknown field `(.*)`$", r"unknown key '\1'"),
     (r"^Object missing required field `(.*)`$", r"missing key '\1'"),
     (r"^Invalid enum value ", "unknown value "),
@@ -68,7 +68,7 @@ def strict(kind: Any) -> Any:
 @functools.cache
 def _struct(kind: Any) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = []
+    fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(kind):
         default: Any = msgspec.NODEFAULT if field.default is dataclasses.MISSING else field.default
         if field.default_factory is not dataclasses.MISSING:

@@ -1,10 +1,12 @@
 """allocation.json: the decisions, as frozen dataclasses."""
 
+# pyright: reportMissingTypeStubs=false
+# (of pandas)
 from __future__ import annotations
 
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -141,7 +143,8 @@ class Allocation:
         rows = self.evidence or tuple(
             Evidence(i, None, None, None, n) for i, n in enumerate(self.experts)
         )
-        return frame(rows, Evidence).assign(top_k=self.top_k)
+        found: Any = frame(rows, Evidence)  # pandas has no types
+        return found.assign(top_k=self.top_k)
 
     @property
     def holds_ranks(self) -> bool:

@@ -1,5 +1,7 @@
 """metrics.json: the facts of an analysis, as frozen dataclasses."""
 
+# pyright: reportMissingTypeStubs=false
+# (of pandas)
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """Records as pandas tables, where pandas is installed."""
 
+# pyright: reportMissingTypeStubs=false
+# (of pandas)
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import parse_json
@@ -30,7 +30,7 @@ def dumps(record: Metrics | Allocation) -> str:
 def as_json(value: Any) -> Any:
     """A record as dicts and lists; keys that came within a version only off their default."""
     if isinstance(value, tuple):
-        return [as_json(item) for item in value]
+        return [as_json(item) for item in cast(tuple[Any, ...], value)]
     if not dataclasses.is_dataclass(value):
         return value
     fields = {field.name: field for field in dataclasses.fields(value)}
@@ -69,12 +69,12 @@ def _read(kind: type[Record], data: Any) -> Record:
         raise ValueError('no "format" key')
     if data["format"] != kind.FORMAT:
         raise ValueError(f"its format is {data['format']!r}")
-    version = data.get("version")
+    version: Any = cast(dict[str, Any], data).get("version")
     if isinstance(version, int) and version > kind.VERSION:
         raise ValueError(
             f"version {version} is newer than this htsr reads ({kind.VERSION}); upgrade htsr"
         )
-    if version != kind.VERSION or isinstance(version, bool):
+    if isinstance(version, bool) or version != kind.VERSION:
         raise ValueError(f"version: expected {kind.VERSION}, found {version!r}")
     record = convert(kind, data)
     record.check()

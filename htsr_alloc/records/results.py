@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def read_result(path: str | Path) -> Result:
         data = files.parse_json(content.decode("utf-8"))
     except (ValueError, RecursionError):
         data = None
-    named = data.get("format") if isinstance(data, dict) else None
+    named = cast(dict[str, Any], data).get("format") if isinstance(data, dict) else None
     kind = {Metrics.FORMAT: Metrics, Allocation.FORMAT: Allocation}.get(str(named))
     if kind is None:
         raise HtsrError(
@@ -59,9 +60,10 @@ class Spectra(Mapping[str, np.ndarray]):
     """Tensor -> the ascending float64 eigenvalues its tail was fitted to (FARMS: the pooled
     ones), each read when asked for."""
 
-    def __init__(self, reader, suffix: str) -> None:
+    def __init__(self, reader: Any, suffix: str) -> None:
         self._reader, self._suffix = reader, suffix
-        kept = (name for name in reader.keys() if name.endswith(suffix))  # noqa: SIM118
+        names: list[str] = reader.keys()
+        kept = (name for name in names if name.endswith(suffix))
         self._names = dict.fromkeys(name.removesuffix(suffix) for name in kept)
 
     def __getitem__(self, tensor: str) -> np.ndarray:
@@ -72,7 +74,7 @@ class Spectra(Mapping[str, np.ndarray]):
             values = self._reader.get_tensor(name)
             if values.ndim == 1:
                 return values
-        raise HtsrError(f"{name} is no spectrum: it must be one row of float64.")
+        raise HtsrError(f"{name} is not a spectrum: it must be one row of float64.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -82,17 +84,19 @@ class Spectra(Mapping[str, np.ndarray]):
 
 
 @contextmanager
-def open_spectra(metrics: Metrics, path: Path) -> Iterator[Spectra]:
+def open_spectra(metrics: Metrics, path: Path) -> Generator[Spectra]:
     """The spectra that lie beside the metrics file at ``path``.
 
     Raises:
         HtsrError: there are none, they cannot be read, or they are not the ones the metrics were
             written with.
     """
-    from safetensors import SafetensorError, safe_open
+    import safetensors
+
+    safe_open: Any = safetensors.safe_open  # has no types
 
     if metrics.spectra is None:
-        raise HtsrError(f"{path.name} was written without spectra.", "Analyze again with -o FILE.")
+        raise HtsrError(f"{path.name} was written without spectra.", "Analyze it to a file.")
     spectra_path = path.with_name(metrics.spectra.file)
     if not spectra_path.exists():
         raise HtsrError(
@@ -107,5 +111,5 @@ def open_spectra(metrics: Metrics, path: Path) -> Iterator[Spectra]:
     try:
         with safe_open(spectra_path, framework="numpy") as reader:
             yield Spectra(reader, FARMS_SUFFIX if metrics.settings.farms else "")
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise HtsrError(f"{spectra_path} cannot be read: {error}.") from error

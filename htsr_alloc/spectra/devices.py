@@ -23,13 +23,13 @@ def choose_device(name: str, *, float64: bool = True) -> str:
         return "cuda" if count else "mps" if mps and not float64 else "cpu"
     kind, colon, number = name.partition(":")
     if name == "mps" and float64:
-        raise HtsrError("mps has no float64, which exact spectra need.", "Use --device cpu.")
+        raise HtsrError("mps has no float64, which exact spectra need.", "Use `device` cpu.")
     if name == "mps" and not mps:
-        raise HtsrError("mps is not here: torch sees no Apple GPU.", "Use --device auto.")
+        raise HtsrError("mps is not here: torch sees no Apple GPU.", "Use `device` auto.")
     if kind == "cuda" and number.isdecimal() == bool(colon):
         if int(number or 0) >= count:
             raise HtsrError(
-                f"{name} is not here: torch sees {count} CUDA devices.", "Use --device auto."
+                f"{name} is not here: torch sees {count} CUDA devices.", "Use `device` auto."
             )
     elif name not in ("cpu", "mps"):
         raise HtsrError(

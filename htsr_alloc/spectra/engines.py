@@ -98,10 +98,10 @@ def check_engine(name: str, device: torch.device | str) -> None:
     if name not in ENGINES:
         raise HtsrError(f"There is no engine {name!r}.", f"Choose from {', '.join(ENGINES)}.")
     if name == "cuda" and torch.device(device).type != "cuda":
-        raise HtsrError("The engine cuda needs a CUDA device.", "Add --device cuda.")
+        raise HtsrError("The engine cuda needs a CUDA device.", "Add `device` cuda.")
     if name in ("exact", "fast"):
         if torch.device(device).type != "cpu":
-            raise HtsrError(f"The engine {name} runs on the CPU only.", "Use --engine auto.")
+            raise HtsrError(f"The engine {name} runs on the CPU only.", "Use `engine` auto.")
         _library()
 
 
@@ -110,7 +110,7 @@ def _library() -> lapack.Lapack:
     if library is None:
         raise HtsrError(
             "The engines exact and fast need the package scipy-openblas64, which is not here.",
-            "Install it, or use --engine portable.",
+            "Install it, or use `engine` portable.",
         )
     return library
 

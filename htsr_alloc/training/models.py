@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import build, control
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.causal import refuse_unless_causal
 from htsr_alloc.training.settings import DTYPES

@@ -163,7 +163,7 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
         if checkpoint is None and not (run.output / "adapter_config.json").is_file():
             return None  # it was stopped before it had saved anything
         raise HtsrError(
-            f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
+            f"{run.output} holds a run already.", "Give `resume`, or another folder as `output`."
         )
     before, now = json.loads(files.read_bytes(path)), run.settings()
     # What an older version did not write down cannot be compared.
@@ -172,7 +172,7 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
         raise HtsrError(
             f"{run.output} was started with another {changed[0]}: {before.get(changed[0])}, not "
             f"{now[changed[0]]}.",
-            "Give the same settings, or another folder with -o.",
+            "Give the same settings, or another folder as `output`.",
         )
     if broken and is_first():
         note(f"{', '.join(path.name for path in broken)}: not whole, so not used")

@@ -17,8 +17,8 @@ class Recipe:
     The texts are the help of ``htsr train``.
     """
 
-    epochs: Annotated[float, "Passes over the rows, if --steps is not given."] = 1.0
-    steps: Annotated[int | None, "Number of optimiser steps; default what --epochs takes."] = None
+    epochs: Annotated[float, "Passes over the rows, if no number of steps is given."] = 1.0
+    steps: Annotated[int | None, "Number of optimiser steps; default what the epochs take."] = None
     batch_size: Annotated[int, "Rows of one process's micro-batch."] = 8
     accumulate: Annotated[int, "Micro-batches of one optimiser step."] = 1
     learning_rate: Annotated[float, "Highest learning rate of AdamW; it decays linearly to 0."] = (

@@ -124,7 +124,7 @@ def encode(row: Row, tokenizer: Any, max_length: int) -> Example:
         raise HtsrError(
             f"Line {row.line} does not fit {max_length} tokens: its answer begins at token "
             f"{next(i for i, x in enumerate(labels) if x != IGNORED)} of {len(ids)}.",
-            "Raise --max-length, or shorten the row.",
+            "Raise `max_length`, or shorten the row.",
         )
     return Example(ids[cut:], labels[cut:])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import pickle
-import re
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -161,16 +160,6 @@ def test_every_argument_of_a_request_is_an_option():
     own = {field.name for strategy in STRATEGIES.values() for field in fields(strategy)}
     keywords = set(inspect.signature(Request.of).parameters) - {"settings", "budget", "bounds"}
     assert own | keywords | {"low", "high"} <= set(inspect.signature(command).parameters)
-
-
-def test_below_the_command_line_no_sentence_names_an_option():
-    formats = {"mola.py", "axolotl.py"}  # of exports: other programs' options
-    for path in WING:
-        if path.parent.name == "exports" and path.name in formats:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                assert not re.search(r"(^|\s)--[a-zA-Z]", node.value), f"{path.name}: {node.value}"
 
 
 def test_a_request_can_be_changed():

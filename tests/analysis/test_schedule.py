@@ -55,7 +55,7 @@ def test_a_task_that_does_not_fit_lets_a_smaller_one_pass():
 def test_what_can_never_fit_is_refused_before_any_work():
     with pytest.raises(HtsrError, match=r"One matrix takes 11 MB, and .* leaves 10 MB") as caught:
         next(run([1, 11], print, workers=2, cost=lambda task: task * 10**6, budget=10**7))
-    assert "--max-memory by 2MB" in caught.value.hint
+    assert "max_memory by 2MB" in caught.value.hint
 
 
 def test_an_error_ends_the_run_and_drops_what_has_not_started():

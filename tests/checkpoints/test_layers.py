@@ -607,12 +607,12 @@ def test_include_and_exclude_keep_the_layer_numbers():
     assert only.prefixes == tuple(numbered("model.layers", 3))
     assert {m.layer for m in only.matrices} == {2}
     assert roles(only, 2) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert reasons(only)["model.layers.0.mlp.up_proj.weight"] == "not matched by --include"
+    assert reasons(only)["model.layers.0.mlp.up_proj.weight"] == "not matched by include"
     assert reasons(only)["lm_head.weight"] == "output head"  # the better reason stays
     without = place(tensors, exclude=["*k_proj*", "model.layers.0.*"])
     assert {m.layer for m in without.matrices} == {1, 2}
     assert "k_proj" not in roles(without, 1)
-    assert reasons(without)["model.layers.0.mlp.up_proj.weight"] == "matched by --exclude"
+    assert reasons(without)["model.layers.0.mlp.up_proj.weight"] == "matched by exclude"
     both = place(tensors, include=["*mlp*"], exclude=["*down*"])
     assert roles(both, 1) == {"gate_proj", "up_proj"}
 

@@ -153,7 +153,7 @@ def test_inspect_tells_what_analyze_will_do(model, invoke):
     assert data["layers"] == ["model.layers.0", "model.layers.1"]
     assert len(data["matrices"]) == 12
     reasons = {s["tensor"]: s["reason"] for s in data["skipped"]}
-    assert reasons["model.layers.0.self_attn.k_proj.weight"] == "matched by --exclude"
+    assert reasons["model.layers.0.self_attn.k_proj.weight"] == "matched by exclude"
     assert data["bytes"] == (model / "model.safetensors").stat().st_size
     assert data["seconds"] > 0
     assert data["peak_bytes"] > 100 << 20

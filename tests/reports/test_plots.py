@@ -494,7 +494,7 @@ def test_a_spectrum_must_be_one(minilm, invoke, tmp_path):
         minilm.write_text(json.dumps(data))
         done = invoke("plot", minilm, "--matrix", name)
         assert done.rc == 1
-        assert "is no spectrum" in done.stderr
+        assert "is not a spectrum" in done.stderr
 
 
 def test_figures_survive_a_round_trip_of_the_record(minilm):

@@ -6,10 +6,11 @@ import json
 import re
 from typing import Any
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules
+from htsr_alloc.allocation.exports.modules import Modules
 from htsr_alloc.allocation.exports.peft_rank import to_peft_rank
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
 
 def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:

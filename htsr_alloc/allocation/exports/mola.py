@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules, refuse_ranks
+from htsr_alloc.allocation.exports.modules import Modules, refuse_modules, refuse_ranks
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
 
 def to_mola(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules
+from htsr_alloc.allocation.exports.modules import Modules
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
 
 def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:

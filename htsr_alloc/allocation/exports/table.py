@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules
+from htsr_alloc.allocation.exports.modules import Modules, refuse_modules
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
 
 def to_csv(allocation: Allocation, lora: Lora | None = None, modules: Modules | None = None) -> str:

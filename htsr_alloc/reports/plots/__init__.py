@@ -44,7 +44,7 @@ class Plot:
         count = len(inputs.metrics)
         if not self.chooses and (inputs.matrix or inputs.layer or inputs.role):
             raise HtsrError(
-                f"The {name} view shows all matrices.", "Remove --matrix, --layer and --role."
+                f"The {name} view shows all matrices.", "Remove `matrix`, `layer` and `role`."
             )
         if len(inputs.allocations) < self.allocations:
             raise HtsrError(
@@ -113,7 +113,7 @@ def plot(
     if output is not None:
         kind = style.format_of(Path(output))
         if dpi is not None and kind != "png":
-            raise HtsrError(f"A {kind} has no dots per inch.", "Remove --dpi, or write a .png.")
+            raise HtsrError(f"A {kind} has no dots per inch.", "Remove `dpi`, or write a .png.")
     found = [_opened(source) for source in sources]
     if not found:
         raise HtsrError("There is nothing to draw.", "Name a metrics or an allocation file.")

@@ -28,7 +28,7 @@ def figure(inputs: Inputs) -> Figure:
         raise HtsrError(
             f"The two models have {counts[0]} and {counts[1]} layers, so there is no difference "
             "by layer.",
-            "Draw both by relative depth with --view layers.",
+            "Draw both by relative depth with `view` layers.",
         )
     names, tables = zip(*(role_values(one, inputs.metric) for one in (base, other)), strict=True)
     roles = tuple(dict.fromkeys((*names[0], *names[1])))

@@ -43,7 +43,7 @@ def esd_figure(
     if len(matrices) > MOST_PANELS:
         raise HtsrError(
             f"{len(matrices)} spectra do not fit one picture (at most {MOST_PANELS}).",
-            "Choose fewer with --matrix, --layer or --role.",
+            "Choose fewer with `matrix`, `layer` or `role`.",
         )
     values, bins = spectra_of(matrices, spectra), metrics.settings.bins
     if not 1 <= bins <= MOST_BINS:

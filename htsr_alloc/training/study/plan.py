@@ -14,11 +14,11 @@ from msgspec import Meta
 
 from htsr_alloc import files
 from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
-from htsr_alloc.allocation.exports import Lora
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
 from htsr_alloc.records.convert import convert
+from htsr_alloc.records.lora import Lora
 from htsr_alloc.records.text import printable
 from htsr_alloc.training.identity import content_of
 from htsr_alloc.training.models import LORA

@@ -96,20 +96,17 @@ class EmLora(System):
         hidden = F.linear(given.dropped, a)
         block, index = layer.place[adapter]
         routing = layer.state.current.decisions.get((block, adapter))
-        length = layer.state.block_routers[block].shape[1]
         gate = None if routing is None else routing.weights[:, index].to(hidden.dtype)  # (B,)
+        if gate is not None and hidden.dim() == 2:  # OPT's feed-forward: all rows' tokens in a line
+            gate = gate.repeat_interleave(layer.state.block_routers[block].shape[1])
         if gate is not None and given.rows is not None:
             gate = gate[given.rows]
-        if gate is not None and hidden.dim() > 2 and len(hidden) == len(gate):
-            gate = gate.view(-1, *[1] * (hidden.dim() - 1))
-        elif gate is not None and hidden.dim() == 2 and len(hidden) == len(gate) * length:
-            # OPT's feed-forward reads the tokens of all rows in a line.
-            gate = gate.repeat_interleave(length).unsqueeze(-1)
-        else:
+        if gate is None or len(gate) != len(hidden):
             raise HtsrError(
                 f"{layer.name} was called without its layer's router or its (batch, token) shape.",
                 "EM-LoRA needs the whole model, and linears that see all tokens.",
             )
+        gate = gate.view(-1, *[1] * (hidden.dim() - 1))
         if not how.config.em_dora:
             return experts.add_product(result, hidden * gate, b, how.scale)
         low_rank = F.linear(hidden, b) * how.scale

@@ -1,14 +1,15 @@
-"""What a trainer must know besides the allocation."""
+"""LoRA's settings and their defaults. It imports little: the command line shows them in its help."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Allocation
 
-Modules = Mapping[str, Sequence[str]]  # block prefix -> full names of the linears in it
+if TYPE_CHECKING:
+    from htsr_alloc.records.decisions import Allocation
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,3 @@ class Lora:
         """Its alpha, at which the scale alpha / rank is ``lora_alpha`` / ``r``."""
         alpha = self.lora_alpha * count / (self.r if allocation.holds_ranks else 1)
         return int(alpha) if alpha == int(alpha) else alpha
-
-
-def refuse_ranks(what: str, allocation: Allocation) -> None:
-    """Raise HtsrError where an allocation holds ranks, and ``what`` needs experts."""
-    if allocation.holds_ranks:
-        raise HtsrError(
-            f"{what} needs experts, and this allocation holds ranks of plain LoRA.",
-            "Export it to peft-rank or axolotl, or train it with the system lora.",
-        )
-
-
-def refuse_modules(export: str, modules: Modules | None) -> None:
-    """Raise HtsrError where a model is given to an export that does not name modules."""
-    if modules is not None:
-        raise HtsrError(
-            f"The {export} export does not name modules, so that `model` means nothing.",
-            "Leave it out.",
-        )
