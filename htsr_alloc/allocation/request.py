@@ -133,8 +133,8 @@ class Request:
                 ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
             T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
                 and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
-            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of plain
-                LoRA, whose parameters are those of ``rank`` on every linear.
+            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of
+                plain LoRA, whose parameters are those of ``rank`` on every linear.
             metric: see ``Metric``; ``scores`` of a file come in its place.
             per_module: a count for each linear, in a ``pool``, by default ``role``.
 
@@ -224,6 +224,7 @@ def _budget(
     words, kinds = ADAPTERS[adapter_kind]
     if not isinstance(chosen, kinds):
         raise HtsrError(
-            f"The budget of `adapter_kind` {adapter_kind} is {words}.", "`rank` 16 is a budget of plain LoRA."
+            f"The budget of `adapter_kind` {adapter_kind} is {words}.",
+            "`rank` 16 is a budget of plain LoRA.",
         )
     return chosen
