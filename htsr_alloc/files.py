@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +22,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         HtsrError: the file cannot be written (no such folder, read-only, disk full); what
             stood at ``path`` before still stands there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe or device is written to, not replaced
+        if is_special(path):  # written to, not replaced
             with open(path, "wb") as file:
                 yield file
             return
@@ -35,8 +36,52 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise cannot("write", path, error) from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raise now what ``atomic_write`` would raise after the work.
+
+    Raises:
+        HtsrError: no such folder, a read-only one, a folder at ``path``, a name that is too long
+            or that the file system does not take.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not is_special(path):
+            temporary = _temporary(path)
+            with open(temporary, "wb"):
+                temporary.unlink()
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    except ValueError as error:  # a zero byte or a surrogate in the name
+        raise HtsrError(f"Cannot write {str(path)!r}: {error}.") from None
+
+
+def refuse_overwriting(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is one of the files that are read.
+
+    Raises:
+        HtsrError: it is one of them, by this name or another.
+    """
+    for source in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if path.samefile(source):
+                raise HtsrError(
+                    f"{path} is read by this command and would be overwritten.",
+                    "Choose another output with -o.",
+                )
+
+
+def is_special(path: Path) -> bool:
+    """A pipe or device, such as /dev/null; a missing path, file or folder is none."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from htsr_alloc import files
 from htsr_alloc.analysis.cost import flops
 from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Ranks
-from htsr_alloc.analysis.journal import Entry, Journal
+from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, summarise
+from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.checkpoints.reading import Checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
+from htsr_alloc.records.facts import check_bare_name
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
 from htsr_alloc.spectra.engines import check_engine
@@ -50,6 +53,37 @@ class RunFiles:
     @property
     def journal(self) -> Path:
         return self.metrics.with_name(f"{self.stem}.journal")
+
+    def check(self, inputs: Iterable[Path]) -> None:
+        """Refuse names that fail only after the work, or that belong to something else.
+
+        Args:
+            inputs: the files that the run reads.
+
+        Raises:
+            HtsrError: a name that the metrics cannot hold or the file system does not take, a file
+                of ``inputs``, or spectra that a metrics file of a like name was written with.
+        """
+        inputs = tuple(inputs)
+        try:
+            check_bare_name(self.spectra.name, "the output's name")
+            check_unicode([self.spectra.name])
+        except ValueError as error:
+            raise HtsrError(f"{error}.", "Choose another output with -o.") from None
+        for path in (self.metrics, self.spectra, self.journal):
+            files.refuse_overwriting(path, inputs)
+        for path in (self.metrics, self.spectra):
+            files.check_writable(path)
+        owned = json.dumps(self.spectra.name).encode()
+        for ending in ("", ".json", ".metrics", ".metrics.json"):
+            other = self.metrics.with_name(self.stem + ending)
+            if other.name == self.metrics.name or not other.is_file():
+                continue
+            if owned in files.read_bytes(other):
+                raise HtsrError(
+                    f"{self.spectra.name} belongs to {other.name} and would be overwritten.",
+                    f"Write to {other.name}, or choose another output with -o.",
+                )
 
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
@@ -112,8 +146,8 @@ def analyze(
 
     Raises:
         HtsrError: nothing to analyse, quantised weights, unreadable files, a journal of other
-            settings, too little memory allowed. A matrix without a spectrum is no error: it is
-            recorded with its reason.
+            settings, too little memory allowed. A matrix without a spectrum is not an error: it
+            is recorded with its reason.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if settings is None:
@@ -125,6 +159,8 @@ def analyze(
     # What cannot run is refused before the journal, which would refuse the right settings later.
     fit(np.ones(0), settings.estimator, settings.bins)
     check_engine(settings.engine, settings.device)
+    if output is not None:
+        output.check(checkpoint.paths)
     identity = _identity(checkpoint, settings)
     with Ranks.join() as ranks, ExitStack() as stack:
         journal = None
@@ -135,7 +171,14 @@ def analyze(
         if output is not None and not restart:
             known |= ranks.read_journals(output.journal, identity)
         known = ranks.share(known)
-        entries = {m.name: known[m.name] for m in layer_map.matrices if m.name in known}
+        entries = {
+            matrix.name: known[matrix.name]
+            for matrix in layer_map.matrices
+            if matrix.name in known and known[matrix.name].fits(matrix.shape)
+        }
+        if output is not None:
+            resumed = ranks.take([m for m in layer_map.matrices if m.name in entries], flops)
+            _check_content(checkpoint, resumed, entries, output.journal)
         todo = ranks.take([m for m in layer_map.matrices if m.name not in entries], flops)
 
         def stream() -> Iterator[tuple[MatrixRef, bool]]:
@@ -162,6 +205,27 @@ def analyze(
         if output is not None and ranks.first:
             ranks.remove_journals(output.journal)
     return metrics
+
+
+def _check_content(
+    checkpoint: Checkpoint,
+    matrices: Iterable[MatrixRef],
+    entries: Mapping[str, Entry],
+    journal: Path,
+) -> None:
+    """Read again the finished matrices whose files were replaced or written to meanwhile, be it
+    with the same size and time, and compare their hashes.
+
+    Raises:
+        HtsrError: one holds other weights than those that were analysed.
+    """
+    for matrix in matrices:
+        entry = entries[matrix.name]
+        if entry.stamp != checkpoint.stamp(matrix.ref):
+            digest = hashlib.sha256()
+            checkpoint.read(matrix.ref, matrix.index, digest)
+            if digest.hexdigest() != entry.sha256:
+                raise another(journal, "checkpoint", f"other weights in {matrix.name}")
 
 
 def _assemble(
@@ -220,6 +284,7 @@ def _identity(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
         "htsr version": __version__,
         "checkpoint": checkpoint.revision
         or [[s.name, s.identity] for s in checkpoint.listing.shards],
+        "weight_block_size": checkpoint.weight_block_size,
         "engine": settings.engine,
         "linear algebra": library.name if library else "torch",
         "bins": settings.bins,

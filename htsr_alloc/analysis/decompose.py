@@ -90,7 +90,7 @@ def decompose_all(
             farms=settings.farms,
             bins=settings.bins,
         )
-        return Entry(found, digest.hexdigest())
+        return Entry(found, digest.hexdigest(), checkpoint.stamp(matrix.ref))
 
     users = Counter(shard for matrix in tasks for shard in checkpoint.shards_of(matrix.ref))
     for matrix, entry in schedule.run(
@@ -128,7 +128,7 @@ def _size(matrix: MatrixRef) -> str:
 def _devices(name: str) -> list[torch.device]:
     """``cuda`` is every GPU (under torchrun, this process's), ``cuda:N`` that one."""
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        own = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        own = schedule.whole_number("LOCAL_RANK", 0) % torch.cuda.device_count()
         return [torch.device("cuda", own)]
     if name == "cuda":
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]

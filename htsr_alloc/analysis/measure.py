@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from htsr_alloc.checkpoints.layers import MatrixRef
+from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
 from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
 
 if TYPE_CHECKING:
     from htsr_alloc.spectra.spectrum import Spectrum
+
+# The distance from 1 to the next number, by the code in a header.
+EPS = {
+    "F64": 2.0**-52,
+    "F32": 2.0**-23,
+    "F16": 2.0**-10,
+    "BF16": 2.0**-7,
+    "F8_E4M3": 2.0**-3,
+    "F8_E5M2": 2.0**-2,
+}
+SPREAD = 4.0
 
 
 def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
@@ -47,7 +59,42 @@ def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
     if empty:
         return record
     tail = values if found.windows is None else found.windows
-    return with_fit(record, fit(tail, settings.estimator, settings.bins))
+    return with_fit(record, fit_of(record, tail, settings.estimator, settings.bins))
+
+
+def fit_of(matrix: Matrix, tail: np.ndarray, estimator: str, bins: int) -> Fit:
+    """The fit to a matrix's eigenvalues; failed where they differ by rounding alone."""
+    found = fit(tail, estimator, bins)
+    if found.alpha is None or not is_flat(tail, matrix.shape, matrix.dtype):
+        return found
+    stored = FLOAT_DTYPES[matrix.dtype][1]
+    reason = f"all eigenvalues are equal within the rounding of {stored}"
+    return Fit(None, None, None, None, None, FAILED, reason)
+
+
+def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
+    """Whether a spectrum's spread is what rounding gives a matrix of equal singular values.
+
+    Storing an (m, n) matrix W, m >= n, adds an error to each entry, independent and at most
+    eps/2 of it: a standard deviation of at most eps/sqrt(12) times the entries' root mean square
+    w = ||W||_F / sqrt(m n). To first order that spreads equal singular values by the symmetric
+    part of an (n, n) matrix of such errors, whose norm is sqrt(2n) times it, to both sides: by
+    0.82 eps w sqrt(n) = 0.82 eps ||W||_F / sqrt(m). Measured: 0.6. ``SPREAD`` leaves room for
+    errors that are not independent; independent entries spread by 2 w sqrt(n) and more, which is
+    beyond it in every dtype. Computing (the matrix, and here its eigenvalues) adds n eps
+    sigma_max, with the eps of float64 or else float32.
+
+    Args:
+        values: (n,) ascending eigenvalues, the squared singular values.
+        dtype: as stored, a key of ``EPS``.
+    """
+    if not len(values):
+        return False
+    least, largest = np.sqrt(values[0]), np.sqrt(values[-1])
+    m, n = max(shape), min(shape)
+    stored = SPREAD * EPS[dtype] * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
+    computed = n * min(EPS[dtype], EPS["F32"]) * largest
+    return bool(largest - least <= stored + computed)
 
 
 def with_fit(matrix: Matrix, fitted: Fit) -> Matrix:
@@ -87,7 +134,7 @@ def refitted(
         if values is None and matrix.lambda_max is not None:
             raise HtsrError(f"The kept spectra lack that of {matrix.tensor}.", "Analyze again.")
         if values is not None:
-            matrix = with_fit(matrix, fit(values, estimator, bins))
+            matrix = with_fit(matrix, fit_of(matrix, values, estimator, bins))
         matrices.append(matrix)
     prefixes = [layer.prefix for layer in metrics.layers]
     return replace(

@@ -19,7 +19,8 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
     The new file shares the old one's spectra, so that both must be in one folder.
 
     Raises:
-        HtsrError: the metrics are invalid, their spectra are absent or not the same bytes.
+        HtsrError: the metrics are invalid, their spectra are absent or not the same bytes, or the
+            output is one of the two.
     """
     old = loads(Metrics, files.read_bytes(path), path.name)
     if old.spectra is None:
@@ -29,6 +30,7 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
             f"The new metrics share {old.spectra.file} with {path.name}.",
             f"Write them to the same folder, {path.parent}.",
         )
+    files.refuse_overwriting(output.metrics, (path, path.with_name(old.spectra.file)))
     with open_spectra(old, path) as spectra:
         metrics = replace(refitted(old, spectra, estimator, bins), tool=this_tool())
     files.write_text(output.metrics, dumps(metrics))

@@ -7,6 +7,7 @@ other, the more so on a busy machine. Torch and LAPACK release the GIL, so that 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -21,7 +22,22 @@ def available_cores() -> int:
     """Processors for this process; torchrun's processes on one machine share them."""
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // whole_number("LOCAL_WORLD_SIZE", 1))
+
+
+def whole_number(variable: str, least: int) -> int:
+    """A variable that torchrun sets; ``least`` where it is not set.
+
+    Raises:
+        HtsrError: it is not a whole number, or less than ``least``.
+    """
+    text = os.environ.get(variable, str(least))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise HtsrError(
+            f"The environment's {variable} is {text!r}, not a whole number from {least} on.",
+            f"Start it with torchrun, or unset {variable}.",
+        )
+    return int(text)
 
 
 def run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from htsr_alloc.errors import HtsrError
@@ -54,8 +54,8 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
 
     Raises:
         HtsrError: no safetensors header, or one that does not describe a file of this size:
-            too long, no JSON, a name twice, an unknown dtype, offsets that overlap, leave a gap
-            or leave the file, or that do not fit the shape.
+            too long, no JSON, a name twice or not Unicode, an unknown dtype, offsets that overlap,
+            leave a gap or leave the file, or that do not fit the shape.
     """
     try:
         if size < 8:
@@ -78,17 +78,21 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
 def _parse(text: bytes, start: int, size: int) -> dict[str, Entry]:
     """The tensors of a header whose data lies from ``start`` to ``size``; ValueError if wrong."""
     if not text.startswith(b"{"):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     found = json.loads(text.decode("utf-8"), object_pairs_hook=_compact)
     if not isinstance(found, dict):
         raise ValueError("its header describes no tensors")
+    if b"\\u" in text:
+        check_unicode(list(found))
     metadata = found.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict):
-        raise ValueError("its __metadata__ is no object")
+        raise ValueError("its __metadata__ is not an object")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds more than text")
+    if b"\\u" in text:
+        check_unicode([*metadata, *metadata.values()])
     place = start
     entries: dict[str, Entry] = {}
     for name, entry in sorted(found.items(), key=_offset):
@@ -101,6 +105,13 @@ def _parse(text: bytes, start: int, size: int) -> dict[str, Entry]:
     if place != size:
         raise ValueError(f"its tensors end at byte {place}, the file at {size}")
     return entries
+
+
+def check_unicode(names: Iterable[str]) -> None:
+    """Raise ValueError on an escaped half of a surrogate pair, which UTF-8 cannot hold."""
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"the name {name!r} is not Unicode")
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Entry:
@@ -122,7 +133,7 @@ def _counts(values: Any) -> bool:
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
     name, entry = item
     if not isinstance(entry, Entry):
-        raise ValueError(f"{name!r} is no tensor's description")
+        raise ValueError(f"{name!r} does not describe a tensor")
     return entry.begin, entry.end
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import quote
 
+from htsr_alloc.checkpoints.cache import HubCache
 from htsr_alloc.checkpoints.header import Header, read_header
-from htsr_alloc.checkpoints.listing import MAX_JSON, Shard, choose_files, list_tensors, parse_config
+from htsr_alloc.checkpoints.listing import (
+    MAX_JSON,
+    Shard,
+    choose_files,
+    list_tensors,
+    parse_config,
+    parse_object,
+)
 from htsr_alloc.checkpoints.local import local_header, open_folder, read_small
-from htsr_alloc.checkpoints.notes import Notes
-from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile, patiently
+from htsr_alloc.checkpoints.notes import COMMIT, Notes
+from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile
 from htsr_alloc.checkpoints.reading import Checkpoint, Store
 from htsr_alloc.checkpoints.sentences import sentences
 from htsr_alloc.checkpoints.shards import CachedShards, DroppedShards, OfflineShards, StreamedShards
@@ -19,6 +29,8 @@ from htsr_alloc.errors import HtsrError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
 MODEL = [*WANTED, "*.json", "*.jinja", "merges.txt", "*.model"]  # and the tokenizer
+NAME = re.compile(r"[^/\\:\0\ud800-\udfff]{1,200}")
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST = 100_000  # bytes of a shard that are asked for first: most headers are shorter
 
 
@@ -52,46 +64,26 @@ def open_hub(
 
 
 def _online(
-    repo_id: str, revision: str | None, token: str | None, cache: Path, shards: str
+    repo_id: str, revision: str | None, token: str | None, root: Path, shards: str
 ) -> Checkpoint:
-    import huggingface_hub
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
-    api = huggingface_hub.HfApi(token=token)
     with sentences(repo_id, revision):
-        info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        validate_repo_id(repo_id)
         headers = build_hf_headers(token=token)
-    commit = info.sha or ""
-    remote = {
-        f.rfilename: RemoteFile(
-            huggingface_hub.hf_hub_url(repo_id, f.rfilename, revision=commit),
-            f.rfilename,
-            commit,
-            f.size or 0,
-            f.lfs.sha256 if f.lfs else None,
-        )
-        for f in info.siblings or ()
-        if "/" not in f.rfilename
-    }
-    notes, ranges = Notes(cache, repo_id), HubRanges(headers, repo_id, revision)
-
-    def download(name: str, to: Path = cache) -> Path:
-        with sentences(repo_id, revision):
-            return Path(
-                patiently(
-                    lambda: huggingface_hub.hf_hub_download(
-                        repo_id, name, revision=commit, cache_dir=to, token=token
-                    )
-                )
-            )
+    notes, ranges = Notes(root, repo_id), HubRanges(headers, repo_id, revision)
+    cache = HubCache(root, repo_id)
+    commit, names, remote = _list_files(ranges, repo_id, revision)
 
     def small(name: str) -> bytes:
-        if remote[name].nbytes > MAX_JSON:
-            raise HtsrError(f"{name} of {repo_id} has {remote[name].nbytes} bytes, too many.")
+        file = remote[name]
+        if file.nbytes > MAX_JSON:
+            raise HtsrError(f"{name} of {repo_id} has {file.nbytes} bytes, too many.")
         if shards != "stream":
-            return read_small(download(name))
-        with tempfile.TemporaryDirectory() as folder:  # --stream leaves nothing on the disk
-            return read_small(download(name, Path(folder)))
+            return read_small(cached(name) or cache.fetch(file, ranges))
+        content = bytearray(file.nbytes)  # --stream leaves nothing on the disk
+        ranges.read(file, 0, memoryview(content), whole=True)
+        return bytes(content)
 
     def header_of(name: str) -> tuple[Shard, Header]:
         data, file = b"", remote[name]
@@ -111,27 +103,67 @@ def _online(
         return _shard(name, file.nbytes, commit, header), header
 
     def cached(name: str) -> Path | None:
-        found = huggingface_hub.try_to_load_from_cache(repo_id, name, cache, commit)
-        return Path(found) if isinstance(found, str) else None
+        return cache.find(commit, name)
 
     if shards == "stream":
         store: Store = StreamedShards(ranges, remote)
     elif shards == "drop":
-        folder = cache / "htsr" / repo_id.replace("/", "--") / commit / "shards"
-        store = DroppedShards(folder, ranges, cached, remote)
+        folder = root / "htsr" / repo_id.replace("/", "--") / commit / "shards"
+        store = DroppedShards(cache, folder, ranges, cached, remote)
     else:
-        store = CachedShards(cache, download, cached, remote)
+        store = CachedShards(
+            cache,
+            lambda name: cached(name) or cache.fetch(remote[name], ranges),
+            cached,
+            remote,
+        )
     if shards != "stream":
-        sizes = {name: file.nbytes for name, file in remote.items()}
+        sizes = {name: remote[name].nbytes if name in remote else 0 for name in names}
         notes.write(revision or "main", commit, sizes)
-    return _listed(repo_id, commit, list(remote), small, header_of, store)
+    return _listed(repo_id, commit, names, small, header_of, store)
 
 
-def _offline(repo_id: str, revision: str | None, cache: Path) -> Checkpoint:
+def _list_files(
+    ranges: Ranges, repo_id: str, revision: str | None
+) -> tuple[str, list[str], dict[str, RemoteFile]]:
+    """The commit that a revision is at, its files in no sub-folder, and those of use.
+
+    Raises:
+        HtsrError: as ``open_hub``, or a listing that is not one.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    what = f"The hub's listing of {repo_id}"
+    with sentences(repo_id, revision):
+        url = f"{constants.ENDPOINT}/api/models/{repo_id}{at}?blobs=true"
+        found = parse_object(ranges.whole(url, MAX_JSON, what), what)
+    commit, files = found.get("sha"), found.get("siblings")
+    if not (isinstance(commit, str) and COMMIT.fullmatch(commit) and isinstance(files, list)):
+        raise HtsrError(f"{what} does not name a commit and its files.")
+    names, remote = [], {}
+    for file in files:
+        name = file.get("rfilename") if isinstance(file, dict) else None
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            continue  # in a sub-folder, or nothing that a checkpoint has
+        names.append(name)
+        if any(fnmatchcase(name, pattern) for pattern in WANTED):
+            size, blob, large = file.get("size"), file.get("blobId"), file.get("lfs")
+            sha256 = large.get("sha256") if isinstance(large, dict) else None
+            known = sha256 if large else blob
+            if type(size) is not int or size < 0 or not HASH.fullmatch(str(known)):
+                raise HtsrError(f"{what} gives no size or no hash of {name}.")
+            place = huggingface_hub.hf_hub_url(repo_id, name, revision=commit)
+            remote[name] = RemoteFile(place, name, commit, size, sha256, blob)
+    return commit, names, remote
+
+
+def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
     """From the cache: what an online run listed, or else whatever folder the cache has."""
     import huggingface_hub
 
-    notes = Notes(cache, repo_id)
+    notes, cache = Notes(root, repo_id), HubCache(root, repo_id)
     commit = notes.commit(revision or "main")
     sizes = notes.files(commit) if commit else None
     if commit is None or sizes is None:
@@ -140,7 +172,7 @@ def _offline(repo_id: str, revision: str | None, cache: Path) -> Checkpoint:
                 huggingface_hub.snapshot_download(
                     repo_id,
                     revision=revision,
-                    cache_dir=cache,
+                    cache_dir=root,
                     local_files_only=True,
                     allow_patterns=WANTED,
                 )
@@ -148,8 +180,7 @@ def _offline(repo_id: str, revision: str | None, cache: Path) -> Checkpoint:
         return dataclasses.replace(open_folder(folder), name=repo_id, revision=folder.name)
 
     def cached(name: str) -> Path | None:
-        found = huggingface_hub.try_to_load_from_cache(repo_id, name, cache, commit)
-        return Path(found) if isinstance(found, str) else None
+        return cache.find(commit, name)
 
     def there(name: str) -> Path:
         path = cached(name)
@@ -226,6 +257,6 @@ class HubRanges(Ranges):
         super().__init__(headers)
         self.repo_id, self.revision = repo_id, revision
 
-    def read(self, file: RemoteFile, begin: int, into: memoryview) -> None:
+    def read(self, file: RemoteFile, begin: int, into: memoryview, whole: bool = False) -> None:
         with sentences(self.repo_id, self.revision):
-            super().read(file, begin, into)
+            super().read(file, begin, into, whole)

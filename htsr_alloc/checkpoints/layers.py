@@ -43,7 +43,10 @@ SKIPPED_OUTSIDE = (
 # What names the router of a mixture, in a block that has experts.
 ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
 
+# More than any model has; a hostile header could make us list billions.
 MAX_BLOCKS = 10_000
+MAX_EXPERTS = 100_000  # in a stack
+MAX_PARTS = 50  # of a dotted name
 EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
@@ -112,8 +115,14 @@ def map_layers(
             this number on are extra (multi-token prediction) and are skipped.
         include, exclude: shell patterns on tensor names, as ``*self_attn*``. A tensor must
             match some ``include`` (if any) and no ``exclude``.
+
+    Raises:
+        HtsrError: more blocks, experts or parts of a name than any model has.
     """
     include, exclude = tuple(include), tuple(exclude)
+    for ref in tensors:
+        if ref.name.count(".") >= MAX_PARTS:
+            raise HtsrError(f"{ref.name[:60]}...: no model's tensor has a name of so many parts.")
     blocks = _find_blocks(tensors)
     stacks = {stack for stack, _ in blocks.values()}
     limit = num_hidden_layers if len(stacks) == 1 else None
@@ -158,6 +167,8 @@ def map_layers(
         layer = first[stack] + block
         position = _expert_position(ref.name)
         parts = ref.name.split(".")
+        if len(ref.shape) == 3 and ref.shape[0] > MAX_EXPERTS:
+            raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
         if len(ref.shape) == 3:
             matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
         else:
@@ -221,9 +232,9 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return None
     if dims == 3 and not EXPERT_WORD.search(name):
         return "3-d, and not a stack of experts (convolution?)"
-    if dims == 3 and ref.shape[0] == 0:
+    if dims == 3 and 0 in ref.shape:
         return "empty"
-    if mixture and re.search(rf"\.{ROUTER_NAMES}$", base) and "expert" not in base.split(".")[-2]:
+    if mixture and is_router(base):
         return "router"
     if dims == 2 and not name.endswith("weight"):
         return "2-d, but not named a weight"
@@ -232,6 +243,17 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
 
 def _is_expert(ref: TensorRef) -> bool:
     return len(ref.shape) == 3 or _expert_position(ref.name) is not None
+
+
+def is_router(module: str) -> bool:
+    """Whether a module of a block that has experts is their router, or a gate, by its full name."""
+    named = re.search(rf"\.{ROUTER_NAMES}$", module) is not None
+    return named and "expert" not in module.split(".")[-2]
+
+
+def is_numbered_expert(module: str) -> bool:
+    """Whether a module is one of a mixture's experts, or a part of one, by its full name."""
+    return _expert_position(module) is not None
 
 
 def _names(pattern: str, base: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")
 CONFIG_NAMES = ("config.json", "adapter_config.json")
 MAX_JSON = 100_000_000  # bytes of an index or a configuration
+PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_FORMATS = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
 
@@ -60,11 +62,17 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file. ``identity`` changes when the file does."""
+    """One safetensors file.
+
+    ``identity`` changes when the file does: its commit, or its size and time, and its header. A
+    local file may be replaced by one of the same size and time; its ``stamp`` (device, inode,
+    time of the last change) then differs. It also differs after a copy, which changes nothing.
+    """
 
     name: str
     nbytes: int
     identity: str
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,12 @@ def choose_files(
 
     An index decides; else ``model.safetensors`` alone; else every safetensors file.
     """
+    there = set(names)
     for name in INDEX_NAMES:
-        if name in names:
+        if name in there:
             index = parse_index(read(name), name)
             files = sorted(set(index.values()), key=natural)
-            missing = [file for file in files if file not in names]
+            missing = [file for file in files if file not in there]
             if missing:
                 raise HtsrError(
                     f"{name} names {missing[0]}, which is not in {where} "
@@ -105,16 +114,17 @@ def choose_files(
                 )
             return files, index
     for name in SINGLE_NAMES:
-        if name in names:
+        if name in there:
             return [name], None
     files = sorted((name for name in names if name.endswith(".safetensors")), key=natural)
     if not files:
         refuse_format(names, where)
-    for name in files:
-        part = re.search(r"-(\d+)-of-(\d+)\.safetensors$", name)
-        if part and sum(f.endswith(f"-of-{part[2]}.safetensors") for f in files) != int(part[2]):
+    parts = {name: part[1] for name in files if (part := PART.search(name))}
+    counts = Counter(parts.values())
+    for name, total in parts.items():
+        if not total.isascii() or len(total) > 9 or counts[total] != int(total):
             raise HtsrError(
-                f"{where} holds only some of the {int(part[2])} shards that {name} counts.",
+                f"{where} does not hold all the shards that the name {name} tells of.",
                 "Fetch the missing shards.",
             )
     return files, None

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from htsr_alloc.checkpoints.header import Header, read_header
 from htsr_alloc.checkpoints.listing import (
     CONFIG_NAMES,
+    INDEX_NAMES,
     MAX_JSON,
     Shard,
     Transfer,
@@ -24,7 +25,7 @@ from htsr_alloc.checkpoints.listing import (
     parse_config,
     refuse_format,
 )
-from htsr_alloc.checkpoints.reading import Checkpoint
+from htsr_alloc.checkpoints.reading import Checkpoint, readable
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, read_bytes
 
@@ -64,8 +65,9 @@ def open_file(path: Path) -> Checkpoint:
     if path.suffix != ".safetensors":
         refuse_format([path.name], path)
     listing = list_tensors([path.name], None, lambda name: local_header(path.parent / name))
-    config = _config(path.parent)
-    return Checkpoint(path.stem, None, config, listing, LocalFiles(path.parent))
+    config, store = _config(path.parent), LocalFiles(path.parent)
+    paths = (path, *(path.parent / name for name in CONFIG_NAMES))
+    return Checkpoint(readable(path.stem), None, config, listing, store, paths)
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -76,12 +78,13 @@ def open_folder(folder: Path) -> Checkpoint:
         raise cannot("list", folder, error) from error
     files, index = choose_files(names, lambda name: read_small(folder / name), folder)
     listing = list_tensors(files, index, lambda name: local_header(folder / name))
-    config = _config(folder)
-    return Checkpoint(folder.resolve().name, None, config, listing, LocalFiles(folder))
+    config, store = _config(folder), LocalFiles(folder)
+    paths = tuple(folder / name for name in (*files, *INDEX_NAMES, *CONFIG_NAMES))
+    return Checkpoint(readable(folder.resolve().name), None, config, listing, store, paths)
 
 
 def local_header(path: Path) -> tuple[Shard, Header]:
-    """A local file's checked header; its identity is its size, time and header."""
+    """A local file's checked header; its identity is its size, its time and the header's hash."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -94,7 +97,9 @@ def local_header(path: Path) -> tuple[Shard, Header]:
             header = read_header(read, status.st_size, str(path))
     except OSError as error:
         raise cannot("read", path, error) from error
-    return Shard(path.name, status.st_size, f"{_stamp(status)}:{header.sha256}"), header
+    identity = f"{_version(status)}:{header.sha256}"
+    stamp = f"{_place(status)}:{status.st_ctime_ns}"
+    return Shard(path.name, status.st_size, identity, stamp), header
 
 
 def read_small(path: Path) -> bytes:
@@ -125,12 +130,18 @@ def read_exactly(file: BinaryIO, begin: int, into: memoryview, path: Path) -> No
 
 
 def _same(file: BinaryIO, shard: Shard, path: Path) -> None:
-    if not shard.identity.startswith(_stamp(os.fstat(file.fileno())) + ":"):
+    status = os.fstat(file.fileno())
+    same = shard.identity.startswith(f"{_version(status)}:")
+    if not (same and shard.stamp.startswith(f"{_place(status)}:")):
         raise HtsrError(f"{path} changed while it was read.", "Run the command again.")
 
 
-def _stamp(status: os.stat_result) -> str:
+def _version(status: os.stat_result) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _place(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _config(folder: Path) -> dict[str, Any]:

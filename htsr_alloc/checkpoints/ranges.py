@@ -6,29 +6,60 @@ names one; an answer of another commit, another file or another size is refused.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from htsr_alloc.errors import HtsrError
 
-Result = TypeVar("Result")
 TRIES = 6  # in a row without progress
-FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between two of them
+PATIENCE = 60.0  # seconds without progress, waits that the server asked for not counted
+FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between two tries
 PROGRESS = 1 << 20  # bytes that make a try count as one that got somewhere
-LONGEST_ASKED = 300.0  # seconds that a server may ask us to wait
+LONGEST_ASKED = 300.0  # seconds that a server may ask us to wait, in all
+SLOWEST, GRACE = 1000.0, 20.0  # bytes per second of one answer, after so many seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at one commit: where it is, its size, and its SHA-256 where the hub gives it."""
+    """A file at one commit: where it is, its size, its SHA-256 if it is large, its git blob."""
 
     url: str
     name: str
     commit: str
     nbytes: int
     sha256: str | None
+    blob: str | None = None
+
+
+class Patience:
+    """When to try again, and when to give up; progress starts it anew."""
+
+    def __init__(self) -> None:
+        self.progress()
+
+    def progress(self) -> None:
+        """Something arrived."""
+        self.tries, self.asked, self.start = 0, 0.0, time.monotonic()
+
+    def wait(self, error: Exception) -> None:
+        """Wait for the next try, or raise ``error``: there were ``TRIES``, ``PATIENCE`` is over, or
+        the server asks for longer than ``LONGEST_ASKED``."""
+        self.tries += 1
+        asked = asked_wait(error)
+        spent = time.monotonic() - self.start - self.asked
+        self.asked += asked
+        if self.tries == TRIES or spent > PATIENCE or self.asked > LONGEST_ASKED:
+            raise error
+        if asked > 1:
+            log.warning(f"The hub asks to wait for {asked:.0f} s.")
+        time.sleep(asked or min(LONGEST_WAIT, FIRST_WAIT * 2 ** (self.tries - 1)))
 
 
 class Ranges:
@@ -37,45 +68,66 @@ class Ranges:
     def __init__(self, headers: dict[str, str]) -> None:
         self.headers = headers
 
-    def read(self, file: RemoteFile, begin: int, into: memoryview) -> None:
+    def read(self, file: RemoteFile, begin: int, into: memoryview, whole: bool = False) -> None:
         """Fill ``into`` with the file's bytes from ``begin`` on.
+
+        Args:
+            whole: ``into`` is the whole file, which a server without ranges sends as well.
 
         Raises:
             HtsrError: the answer is of another commit, file, size or range.
-            Exception: the client's own, after ``TRIES`` in a row without progress.
+            Exception: the client's own, when ``Patience`` is over.
         """
-        done = tries = 0
+        done, patience = 0, Patience()
         while done < len(into):
-            count, error = self._once(file, begin + done, into[done:])
+            span = None if whole and not done else (begin + done, begin + len(into))
+            count, error = self._once(file, span, into[done:])
             done += count
             if done == len(into):
                 return
-            tries = 0 if count >= PROGRESS else tries + 1
-            if tries == TRIES:
-                raise error or HtsrError(
+            if count >= PROGRESS:
+                patience.progress()
+            patience.wait(
+                error
+                or HtsrError(
                     f"The hub's answer ends at byte {begin + done} of {file.name}, which has "
                     f"{file.nbytes}.",
-                    "Run the same command again: it goes on where it stopped.",
+                    "Run the same command again: it resumes.",
                 )
-            time.sleep(wait_after(error, tries))
+            )
 
-    def _once(self, file: RemoteFile, begin: int, into: memoryview) -> tuple[int, Exception | None]:
+    def whole(self, url: str, limit: int, what: str) -> bytes:
+        """The body of an answer of at most ``limit`` bytes.
+
+        Raises:
+            HtsrError: it has more, or its content is compressed, which was not asked for.
+            Exception: the client's own, when ``Patience`` is over.
+        """
+        patience = Patience()
+        while True:
+            body = bytearray()
+            try:
+                with self._answer(url, {}) as response:
+                    for chunk in chunks(response):
+                        body += chunk
+                        if len(body) > limit:
+                            raise HtsrError(f"{what} has more than {limit} bytes.")
+                return bytes(body)
+            except Exception as error:
+                if not worth_another_try(error):
+                    raise
+                patience.wait(error)
+
+    def _once(
+        self, file: RemoteFile, span: tuple[int, int] | None, into: memoryview
+    ) -> tuple[int, Exception | None]:
         """One request: the bytes filled, and the network's error that ended it early, if any."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session, hf_raise_for_status
-
         done = 0
-        span = f"bytes={begin}-{begin + len(into) - 1}"
+        headers = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
         try:
-            with get_session().stream(
-                "GET",
-                file.url,
-                headers={**self.headers, "Range": span, "Accept-Encoding": "identity"},
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            ) as response:
-                hf_raise_for_status(response)
-                _check(response, file, begin)
-                for chunk in response.iter_raw():
+            with self._answer(file.url, headers) as response:
+                _check(response, file, span)
+                for chunk in chunks(response):
                     if len(chunk) > len(into) - done:
                         raise HtsrError(f"The hub sent more of {file.name} than was asked for.")
                     into[done : done + len(chunk)] = chunk
@@ -86,17 +138,42 @@ class Ranges:
             return done, error
         return done, None
 
+    @contextmanager
+    def _answer(self, url: str, headers: dict[str, str]) -> Iterator[Any]:
+        """The answer to a GET, its body unread; a refusal as huggingface_hub's error."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session, hf_raise_for_status
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """The result of a request that may be made again, after up to ``TRIES`` failures."""
-    for tries in range(1, TRIES + 1):
-        try:
-            return call()
-        except Exception as error:
-            if tries == TRIES or not worth_another_try(error):
-                raise
-            time.sleep(wait_after(error, tries))
-    raise AssertionError  # the last try returned or raised
+        with get_session().stream(
+            "GET",
+            url,
+            headers={**self.headers, **headers, "Accept-Encoding": "identity"},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        ) as response:
+            if response.status_code >= 400:  # its body, of any length, is not read
+                kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+                bare = type(response)(
+                    response.status_code, headers=kept, request=response.request, content=b"{}"
+                )
+                hf_raise_for_status(bare)
+            yield response
+
+
+def chunks(response: Any) -> Iterator[bytes]:
+    """The body as it arrives, never decompressed.
+
+    Raises:
+        HtsrError: it is compressed. TimeoutError: it arrives at less than ``SLOWEST``.
+    """
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise HtsrError("The hub's answer is compressed, which was not asked for.")
+    start, done = time.monotonic(), 0
+    for chunk in response.iter_raw():
+        done += len(chunk)
+        seconds = time.monotonic() - start
+        if seconds > GRACE and done < SLOWEST * seconds:
+            raise TimeoutError(f"{done} bytes arrived in {seconds:.0f} s")
+        yield chunk
 
 
 def worth_another_try(error: Exception) -> bool:
@@ -113,13 +190,11 @@ def worth_another_try(error: Exception) -> bool:
     return isinstance(error, (network, TimeoutError, ConnectionError))
 
 
-def wait_after(error: Exception | None, tries: int) -> float:
-    """Seconds until the next try: what the server asks for, else twice as long each time."""
+def asked_wait(error: Exception) -> float:
+    """Seconds that the server asks us to wait (Retry-After); 0 if it does not say."""
     response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    if asked.isdecimal() and float(asked) <= LONGEST_ASKED:
-        return float(asked)
-    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** max(0, tries - 1))
+    return float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0
 
 
 def _status(error: Exception) -> int | None:
@@ -127,14 +202,19 @@ def _status(error: Exception) -> int | None:
     return None if response is None else response.status_code
 
 
-def _check(response: Any, file: RemoteFile, begin: int) -> None:
-    """Refuse an answer that is not this range of this file at this commit."""
-    if response.status_code != 206:
-        raise HtsrError(f"The server of {file.name} does not send ranges.", "Leave --stream away.")
-    span, _, total = response.headers.get("Content-Range", "").partition("/")
-    if total != str(file.nbytes) or not span.startswith(f"bytes {begin}-"):
+def _check(response: Any, file: RemoteFile, span: tuple[int, int] | None) -> None:
+    """Refuse an answer that is not this range (None: all) of this file at this commit."""
+    if span is not None and response.status_code != 206:
+        raise HtsrError(f"The server of {file.name} does not send ranges.", "Remove --stream.")
+    if span is None:
+        total = response.headers.get("Content-Length", str(file.nbytes))
+        same = response.status_code == 200 and total == str(file.nbytes)
+    else:
+        found, _, total = response.headers.get("Content-Range", "").partition("/")
+        same = total == str(file.nbytes) and found.startswith(f"bytes {span[0]}-")
+    if not same:
         raise HtsrError(
-            f"{file.name} is of {total or 'unknown'} bytes where the hub's listing says "
+            f"{file.name} has {total or 'an unknown number of'} bytes; the hub's listing says "
             f"{file.nbytes}.",
             "Run the same command again; if it stays so, the repository is broken.",
         )
@@ -144,6 +224,6 @@ def _check(response: Any, file: RemoteFile, begin: int) -> None:
         if commit != file.commit or (file.sha256 and len(etag) == 64 and etag != file.sha256):
             raise HtsrError(
                 f"The hub's {file.name} changed while it was read: commit {file.commit} was asked "
-                f"for and {commit} came.",
+                f"for, and {commit} came.",
                 "Run the command again.",
             )

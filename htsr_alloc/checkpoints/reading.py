@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from htsr_alloc.checkpoints.listing import (
@@ -47,7 +48,8 @@ class Store(Protocol):
 class Checkpoint:
     """Tensors in shard order, and how to get at them.
 
-    ``store`` holds the bytes. ``revision`` is the hub's commit hash, null for local files.
+    ``store`` holds the bytes. ``revision`` is the hub's commit hash, null for local files;
+    ``paths`` are the local files that the checkpoint is read from.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Checkpoint:
     config: dict[str, Any]
     listing: Listing
     store: Store
+    paths: tuple[Path, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
@@ -70,7 +73,7 @@ class Checkpoint:
         """``architectures[0]`` of the configuration, or its ``model_type``."""
         names = self.config.get("architectures")
         first = names[0] if isinstance(names, list) and names else self.config.get("model_type")
-        return first if isinstance(first, str) else None
+        return readable(first) if isinstance(first, str) else None
 
     @property
     def num_hidden_layers(self) -> int | None:
@@ -91,7 +94,8 @@ class Checkpoint:
         """One tensor, or slice ``index`` of its first axis, as stored (CPU).
 
         With a scale the product is returned, in float32. The stored bytes, then those of the
-        whole scale, are fed to ``digest`` (a hashlib object), so that all is read once.
+        whole scale and the configured size of its blocks, if any, are fed to ``digest`` (a hashlib
+        object): all that the result depends on, read once.
 
         Raises:
             HtsrError: the file cannot be read or is not what its header said, or the scale's
@@ -104,7 +108,15 @@ class Checkpoint:
         scale = self._raw(scale_ref, None, digest)
         if index is not None and scale_ref.shape[:1] == ref.shape[:1]:  # one scale an expert
             scale = scale[index]
-        return _apply_scale(raw, scale, self._block_size(), ref.name)
+        block = self.weight_block_size
+        if digest is not None and block is not None:
+            digest.update(f"weight_block_size {block[0]} {block[1]}".encode())
+        return _apply_scale(raw, scale, block, ref.name)
+
+    def stamp(self, ref: TensorRef) -> str:
+        """What differs when a file that ``ref`` is read from was replaced or written to, even if
+        its size and time are the same; "" for the hub, whose commits never change."""
+        return " ".join(sorted(shard.stamp for shard in self.shards_of(ref)))
 
     def shards_of(self, ref: TensorRef) -> set[Shard]:
         """The files that reading ``ref`` needs."""
@@ -129,12 +141,19 @@ class Checkpoint:
             digest.update(view)
         return raw.view(getattr(torch, dtype)).reshape(shape)
 
-    def _block_size(self) -> tuple[int, int] | None:
+    @property
+    def weight_block_size(self) -> tuple[int, int] | None:
+        """The configured rows and columns of a block that shares one scale."""
         quantization = self.config.get("quantization_config")
         block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
         if isinstance(block, list) and len(block) == 2 and all(type(b) is int for b in block):
             return (block[0], block[1]) if min(block) > 0 else None
         return None
+
+
+def readable(text: str) -> str:
+    """Text that UTF-8 can hold: what it cannot (a lone surrogate) becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _apply_scale(

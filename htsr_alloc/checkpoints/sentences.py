@@ -41,10 +41,14 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
     except (network, errors.SafetensorsParsingError) as error:
         raise HtsrError(
             f"The hub's answer for {repo_id}{at} cannot be used: {short(error)}.",
-            "Run the same command again: it goes on where it stopped.",
+            "Run the same command again: it resumes.",
         ) from error
     except errors.HFValidationError as error:
         raise HtsrError(f"{repo_id} is not a valid hub id: {short(error)}.") from error
+    except (ValueError, RuntimeError) as error:  # an answer that the client cannot read
+        raise HtsrError(
+            f"The hub's answer for {repo_id}{at} cannot be used: {short(error)}."
+        ) from error
     except OSError as error:
         raise HtsrError(f"Downloading {repo_id}{at} failed: {short(error)}.") from error
 

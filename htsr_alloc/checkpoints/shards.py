@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from htsr_alloc import files
+from htsr_alloc.checkpoints.cache import HubCache, download
 from htsr_alloc.checkpoints.listing import Shard, Transfer
 from htsr_alloc.checkpoints.local import LocalFiles, local_header
 from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile
 from htsr_alloc.errors import HtsrError
-
-PIECE = 32 << 20  # bytes of a shard that are fetched and written at a time
 
 
 class StreamedShards:
@@ -43,7 +42,7 @@ class CachedShards:
     """The default: whole shards in the hub's cache, fetched when first read, one at a time.
 
     Args:
-        folder: of the cache, whose disk fills.
+        cache: where they are.
         fetch: (file's name) -> its path, downloading it when needed.
         cached: the same without a download; None when it is not there.
         remote: what the hub says of each file; empty offline.
@@ -53,12 +52,12 @@ class CachedShards:
 
     def __init__(
         self,
-        folder: Path,
+        cache: HubCache,
         fetch: Callable[[str], Path],
         cached: Callable[[str], Path | None],
         remote: Mapping[str, RemoteFile],
     ) -> None:
-        self.folder, self.fetch, self.cached, self.remote = folder, fetch, cached, remote
+        self.cache, self.fetch, self.cached, self.remote = cache, fetch, cached, remote
         self._lock = threading.Lock()
         self._local: dict[str, tuple[LocalFiles, Shard]] = {}
 
@@ -66,7 +65,7 @@ class CachedShards:
         with self._lock:  # whatever the number of workers
             if shard.name not in self._local:
                 path = self.fetch(shard.name)
-                local = checked(path, shard, self.remote.get(shard.name))
+                local = checked(path, shard, self.remote.get(shard.name), self.cache)
                 self._local[shard.name] = LocalFiles(path.parent), local
             folder, local = self._local[shard.name]
         folder.read(local, begin, into)
@@ -76,7 +75,7 @@ class CachedShards:
 
     def transfer(self, shards: Sequence[Shard], tensors: int) -> Transfer:
         total = sum(shard.nbytes for shard in shards if self.cached(shard.name) is None)
-        return Transfer(total, total, self.folder)
+        return Transfer(total, total, self.cache.root)
 
 
 class OfflineShards(CachedShards):
@@ -97,13 +96,14 @@ class DroppedShards(CachedShards):
 
     def __init__(
         self,
+        cache: HubCache,
         folder: Path,
         ranges: Ranges,
         cached: Callable[[str], Path | None],
         remote: Mapping[str, RemoteFile],
     ) -> None:
-        super().__init__(folder, self._fetch, cached, remote)
-        self.ranges = ranges
+        super().__init__(cache, self._fetch, cached, remote)
+        self.folder, self.ranges = folder, ranges
         self._held: BinaryIO | None = None
 
     def release(self, shard: Shard) -> None:
@@ -134,7 +134,7 @@ class DroppedShards(CachedShards):
             self._hold()
             if not path.exists():
                 partial = path.with_name(name + ".partial")
-                self._download(self.remote[name], partial)
+                download(self.remote[name], self.ranges, partial)
                 partial.replace(path)
         except OSError as error:
             raise files.cannot("write", path, error) from error
@@ -148,7 +148,7 @@ class DroppedShards(CachedShards):
         held = open(self.folder / "lock", "ab")  # noqa: SIM115 - held until the end of the run
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             held.close()
             raise HtsrError(
                 f"Another run is fetching the same shards to {self.folder}.",
@@ -156,34 +156,21 @@ class DroppedShards(CachedShards):
             ) from None
         self._held = held
 
-    def _download(self, file: RemoteFile, partial: Path) -> None:
-        with open(partial, "ab") as out:
-            place = out.tell()
-            if place > file.nbytes:
-                out.truncate(0)
-                place = 0
-            buffer = memoryview(bytearray(min(PIECE, file.nbytes)))
-            while place < file.nbytes:
-                piece = buffer[: file.nbytes - place]
-                self.ranges.read(file, place, piece)
-                out.write(piece)
-                place += len(piece)
 
-
-def checked(path: Path, shard: Shard, file: RemoteFile | None) -> Shard:
+def checked(path: Path, shard: Shard, file: RemoteFile | None, cache: HubCache) -> Shard:
     """The local shard at ``path``, after making sure that it is the one that was listed.
 
     Raises:
         HtsrError: another size, header or SHA-256; the file is then deleted, unless there is no
-            hub (``file`` is None) to get it from again.
+            hub (``file`` is None) to get it from again, or it is a link out of the cache.
     """
     why = None
     try:
         local, header = local_header(path)
         if shard.nbytes != local.nbytes or not shard.identity.endswith(header.sha256):
-            why = "has not the size or header that the hub listed"
+            why = "does not match the size or header listed by the hub"
         elif file is not None and file.sha256 and files.sha256(path) != file.sha256:
-            why = "has not the SHA-256 that the hub gives"
+            why = "does not match the SHA-256 listed by the hub"
     except HtsrError as error:
         why = f"is damaged ({error.message.rstrip('.')})"
     else:
@@ -191,10 +178,8 @@ def checked(path: Path, shard: Shard, file: RemoteFile | None) -> Shard:
             return local
     if file is None:
         raise HtsrError(f"{shard.name} in the local cache {why}.", "Fetch it again, online.")
-    with suppress(OSError):
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
+    done = "it was deleted" if cache.forget(path) else "delete it: it lies outside the cache"
     raise HtsrError(
-        f"{shard.name} as downloaded {why}; it was deleted.",
+        f"{shard.name} as downloaded {why}; {done}.",
         "Run the same command again to fetch it again.",
     )

@@ -42,7 +42,7 @@ class LoraMoeConfig(PeftConfig):
             all modules (GOAT), "mean" averages them.
         init_lora_weights: True for kaiming(a=√5), "gaussian" for normal of deviation 1/r.
         goat_segment: O, P, M or R: which singular directions the experts get.
-        goat_rho: ρ of GOAT's eq. 10.
+        goat_rho: ρ of GOAT's eq. 19.
         goat_eta: η of its scale √(3 d_in η / r).
         goat_scale: "theorem" for that scale, "alpha" for lora_alpha / r as the released scripts.
         em_pooler: attention, mean, max or last: how EM-LoRA's router reads a prompt.

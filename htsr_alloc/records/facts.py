@@ -24,6 +24,7 @@ METRICS = ("pl_alpha_hill", "alpha_hat", "stable_rank")
 OK, MARKED, FAILED = "ok", "marked", "failed"
 
 Count = Annotated[int, Meta(ge=0)]
+MAX_BINS = 1_000_000  # of a histogram; there are never as many eigenvalues
 
 # Metadata of a field that was added within a version: it is written only where it is not at its
 # default, so that a file that does without it reads as before.
@@ -87,6 +88,10 @@ class Settings:
     farms: Farms | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bins > MAX_BINS:
+            raise HtsrError(f"bins must be at most {MAX_BINS}, not {self.bins}.")
 
 
 @dataclass(frozen=True)

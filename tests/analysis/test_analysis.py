@@ -1,5 +1,7 @@
+import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -24,6 +26,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from htsr_alloc.analysis.analyze import RunFiles, analyze, plan
+from htsr_alloc.analysis.journal import read_journal
 from htsr_alloc.analysis.refit import refit
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError
@@ -181,6 +184,50 @@ def test_matrices_without_a_spectrum_are_marked_and_the_run_goes_on(tmp_path):
     assert read_metrics(output.metrics) == metrics
 
 
+def orthogonal(rows, columns, dtype, seed=0):
+    return torch.linalg.qr(randn(rows, columns, seed=seed).to(dtype))[0]
+
+
+FLAT = {
+    "float64": orthogonal(256, 256, torch.float64),
+    "float32": orthogonal(256, 256, torch.float32),
+    "float32 tall": orthogonal(512, 128, torch.float32),
+    "bfloat16": orthogonal(256, 256, torch.float32).bfloat16(),
+    "float16 scaled": (1000 * orthogonal(200, 100, torch.float32)).half(),
+    "float8": (8 * orthogonal(256, 256, torch.float32)).to(torch.float8_e4m3fn),
+    "permutation": torch.eye(128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))],
+}
+SPREAD_OUT = {
+    "float8 noise": randn(256, 256).to(torch.float8_e5m2),
+    "float8 tall noise": randn(4096, 64).to(torch.float8_e5m2),
+    "bfloat16 tall noise": randn(8192, 64).bfloat16(),
+    "float32 nearly orthogonal": orthogonal(256, 256, torch.float32) + 1e-4 * randn(256, 256),
+}
+
+
+def test_a_spectrum_that_is_flat_within_rounding_has_no_alpha(tmp_path):
+    tensors = {f"h.0.{name.replace(' ', '_')}.weight": w for name, w in (FLAT | SPREAD_OUT).items()}
+    write_shards(tmp_path / "m", [{n: w.contiguous() for n, w in tensors.items()}])
+    output = RunFiles(tmp_path / "m.metrics.json")
+    metrics = analyze(open_checkpoint(tmp_path / "m"), settings(), output)
+    found = {m.role.replace("_", " "): m for m in metrics.matrices}
+    for name in FLAT:
+        assert (found[name].status, found[name].pl_alpha_hill) == ("failed", None), name
+        assert "equal" in found[name].reason
+        assert found[name].stable_rank == pytest.approx(min(found[name].shape), rel=0.1)
+    for name in SPREAD_OUT:
+        assert (found[name].status, found[name].reason) == ("ok", None), name
+    again = refit(output.metrics, RunFiles(tmp_path / "n.metrics.json"), "median")
+    assert {m.role for m in again.matrices if m.status == "failed"} == {
+        m.role for m in metrics.matrices if m.status == "failed"
+    }
+
+
+def test_an_absurd_number_of_bins_is_refused(model):
+    with pytest.raises(HtsrError, match="bins must be at most 1000000"):
+        analyze(model, bins=1_000_000_000)
+
+
 def test_low_rank_is_marked_and_its_zeros_are_counted(tmp_path):
     weight = randn(80, 60).double() @ randn(60, 70, seed=1).double()
     write_shards(tmp_path / "m", [{"h.0.w.weight": weight}])
@@ -270,6 +317,16 @@ def test_refitting_equals_a_fresh_analysis(model, tmp_path):
 # --- resuming -------------------------------------------------------------------------------
 
 
+def record_of(line):
+    """A journal's line without its hash."""
+    return json.loads(line.rpartition(b" ")[0])
+
+
+def hashed(text, header=b""):
+    """A line as the journal has it: the hash is over the header, too."""
+    return text + b" " + hashlib.sha256(header + text).hexdigest().encode()
+
+
 class KilledError(Exception):
     pass
 
@@ -284,7 +341,7 @@ def small_run(tmp_path, matrices=9, **changes):
     def stop(stream, layer_map):
         for number, (matrix, resumed) in enumerate(stream, 1):
             lines = output.journal.read_bytes().splitlines()
-            assert resumed or json.loads(lines[-1])["name"] == matrix.name
+            assert resumed or record_of(lines[-1])["name"] == matrix.name
             yield matrix, resumed
             if number == matrices:
                 raise KilledError
@@ -322,12 +379,12 @@ def test_a_resumed_run_takes_what_is_finished_and_ends_in_the_same_bytes(tmp_pat
 
 def test_the_journal_is_really_used(tmp_path):
     folder, output = small_run(tmp_path)
-    lines = output.journal.read_text().splitlines()
-    record = json.loads(lines[1])
-    other = json.loads(lines[2])
+    lines = output.journal.read_bytes().splitlines()
+    header = lines[0].rpartition(b" ")[0]
+    record, other = record_of(lines[1]), record_of(lines[2])
     record["eigenvalues"] = other["eigenvalues"]
-    lines[1] = json.dumps(record)
-    output.journal.write_text("\n".join(lines) + "\n")
+    lines[1] = hashed(json.dumps(record).encode(), header)
+    output.journal.write_bytes(b"\n".join(lines) + b"\n")
     _, found = resumed_flags(folder, output)
     by_name = {m.tensor: m for m in found.matrices}
     assert by_name[record["name"]].lambda_max == by_name[other["name"]].lambda_max
@@ -362,23 +419,91 @@ def test_a_journal_of_a_torn_first_line_starts_over(tmp_path, keep):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda lines: [b"{}", *lines[1:]],
-        lambda lines: [b"[1]", *lines[1:]],
-        lambda lines: [lines[0], b"garbage", *lines[2:]],
-        lambda lines: [lines[0], b'{"name": "x"}', *lines[2:]],
-        lambda lines: [lines[0], lines[1].replace(b'"eigenvalues": "', b'"eigenvalues": "!')],
-        lambda lines: [lines[0], lines[1].replace(b'"eigenvalues": "', b'"eigenvalues": "AAAA')],
-        lambda lines: [lines[0], lines[1].replace(b'"sha256": "', b'"sha256": "xy')],
-        lambda lines: [lines[0], b"\xff\xfe", *lines[2:]],
-        lambda lines: [lines[0], b"[" * 100_000, *lines[2:]],
-        lambda lines: [b"[" * 100_000, *lines[1:]],
+        lambda line: b"garbage",
+        lambda line: line.replace(b'"eigenvalues": "', b'"eigenvalues": "!'),
+        lambda line: line.replace(b'"n_zero": 0', b'"n_zero": 1'),
+        lambda line: line.replace(b'"sha256": "', b'"sha256": "xy'),
+        lambda line: line.rpartition(b" ")[0],
+        lambda line: hashed(line.rpartition(b" ")[0]),  # of a run with another first line
+        lambda line: b"\xff\xfe",
+        lambda line: b"[" * 100_000,
     ],
 )
-def test_a_damaged_journal_is_refused_and_restart_helps(tmp_path, damage):
+def test_a_damaged_record_is_computed_again_and_the_rest_kept(tmp_path, damage):
     folder, output = small_run(tmp_path)
-    lines = damage(output.journal.read_bytes().splitlines())
+    lines = output.journal.read_bytes().splitlines()
+    lines[4] = damage(lines[4])
     output.journal.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(HtsrError, match="damaged") as caught:
+    count, found = resumed_flags(folder, output)
+    assert count == 8
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eigenvalues": np.arange(64, 0, -1.0)},
+        {"eigenvalues": np.full(64, np.nan)},
+        {"eigenvalues": np.arange(64.0)},
+        {"eigenvalues": np.arange(1, 64.0)},
+        {"n_zero": 1},
+        {"reason": "all weights are zero"},
+    ],
+)
+def test_what_cannot_be_a_spectrum_is_computed_again_whatever_its_hash(tmp_path, change):
+    folder, output = small_run(tmp_path)
+    lines = output.journal.read_bytes().splitlines()
+    record = record_of(lines[4])
+    if "eigenvalues" in change:
+        change = {"eigenvalues": base64.b64encode(change["eigenvalues"].tobytes()).decode()}
+    lines[4] = hashed(json.dumps(record | change).encode(), lines[0].rpartition(b" ")[0])
+    output.journal.write_bytes(b"\n".join(lines) + b"\n")
+    count, found = resumed_flags(folder, output)
+    assert count == 8
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+@pytest.mark.parametrize("first", [b"{}", b"[1]", b"[" * 100_000])
+def test_records_outlive_their_first_line(tmp_path, first):
+    folder, output = small_run(tmp_path)
+    lines = output.journal.read_bytes().splitlines()
+    output.journal.write_bytes(b"\n".join([first, *lines[1:]]) + b"\n")
+    count, found = resumed_flags(folder, output)
+    assert count == 9
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+def test_no_flipped_bit_changes_a_result(tmp_path):
+    """A bit of the journal, at random places: every entry that is read is right."""
+    _, output = small_run(tmp_path)
+    whole = read_journal(output.journal, header_of(output.journal))
+    data, other = output.journal.read_bytes(), tmp_path / "flipped.journal"
+    places = np.random.default_rng(0).integers(0, 8 * len(data), 1000)
+    kept = []
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        other.write_bytes(flipped)
+        found = read_journal(other, header_of(output.journal))
+        for name, entry in found.items():
+            assert entry.sha256 == whole[name].sha256
+            assert np.array_equal(entry.spectrum.eigenvalues, whole[name].spectrum.eigenvalues)
+        kept.append(len(found))
+    assert min(kept) >= len(whole) - 2  # a newline parts two
+    assert np.mean(kept) < len(whole)
+
+
+def header_of(journal):
+    """The identity in the first line."""
+    return record_of(journal.read_bytes().splitlines()[0])["identity"]
+
+
+def test_a_journal_without_hashes_is_refused_and_restart_helps(tmp_path):
+    folder, output = small_run(tmp_path)
+    lines = [line.rpartition(b" ")[0] for line in output.journal.read_bytes().splitlines()]
+    lines[0] = lines[0].replace(b'"version": 2, ', b"")
+    output.journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(HtsrError, match=r"htsr 0\.1\.0, without checksums") as caught:
         resumed_flags(folder, output)
     assert "--restart" in caught.value.hint
     count, found = resumed_flags(folder, output, restart=True)
@@ -386,14 +511,37 @@ def test_a_damaged_journal_is_refused_and_restart_helps(tmp_path, damage):
     assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
 
 
-def test_a_file_of_somebody_else_is_not_taken_for_a_journal(tmp_path):
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_file_of_somebody_else_is_not_taken_for_a_journal(tmp_path, restart):
     folder = write_shards(tmp_path / "tiny", [llama()])
     output = RunFiles(tmp_path / "m.metrics.json")
     for text in ("Dear diary, no newline", "Dear diary\nline\n"):
         output.journal.write_text(text)
-        with pytest.raises(HtsrError, match="damaged"):
-            resumed_flags(folder, output)
+        with pytest.raises(HtsrError, match="not a journal of htsr"):
+            resumed_flags(folder, output, restart=restart)
         assert output.journal.read_text() == text
+
+
+def test_a_journal_of_more_than_a_gibibyte_is_read(tmp_path):
+    _, output = small_run(tmp_path)
+    identity = header_of(output.journal)
+    first, rest = output.journal.read_bytes().split(b"\n", 1)
+    with open(output.journal, "wb") as file:  # a hole that takes no disk, then the records
+        file.write(first + b"\n")
+        file.seek(9 << 27)
+        file.write(b"\n" + rest)
+    assert len(read_journal(output.journal, identity)) == 9
+
+
+def test_a_file_system_without_locks_is_told_from_another_run(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path / "tiny", [llama()])
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(HtsrError, match=r"Cannot lock .*No locks available"):
+        analyze(open_checkpoint(folder), settings(), tmp_path / "m.json")
 
 
 def test_another_estimator_may_finish_the_run(tmp_path):
@@ -427,6 +575,54 @@ def test_another_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(HtsrError, match="another checkpoint"):
         resumed_flags(folder, output)
     assert resumed_flags(folder, output, restart=True)[0] == 0
+
+
+@pytest.mark.parametrize("way", ["replaced", "written to"])
+def test_a_checkpoint_of_equal_size_and_time_is_told_by_its_content(tmp_path, way):
+    folder, output = small_run(tmp_path)
+    file = folder / "model.safetensors"
+    status, data = file.stat(), file.read_bytes()
+
+    def put(content):
+        if way == "replaced":
+            file.unlink()
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    save_file(llama(seed=1), tmp_path / "other.safetensors")
+    put((tmp_path / "other.safetensors").read_bytes())
+    with pytest.raises(HtsrError, match=r"another checkpoint .other weights in model"):
+        resumed_flags(folder, output)
+    put(data)  # a copy of what was analysed is taken for what it is
+    count, found = resumed_flags(folder, output)
+    assert count == 9
+    assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices
+
+
+def test_the_size_of_blocks_is_part_of_the_identity_and_of_the_hash(tmp_path):
+    tensors = {}
+    for i in range(3):
+        name = f"model.layers.{i}.w.weight"
+        tensors[name] = randn(96, 64, seed=i).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.tensor([[0.5], [2.0]])
+    output, hashes = RunFiles(tmp_path / "m.json"), set()
+
+    def stop(stream, layer_map):
+        for item in stream:
+            yield item
+            raise KilledError
+
+    for rows in (48, 95):
+        config = {"quantization_config": {"weight_block_size": [rows, 64]}}
+        opened = open_checkpoint(write_shards(tmp_path / "m", [tensors], config=config))
+        hashes.add(analyze(opened, settings()).model.weights_sha256)
+        if rows == 48:
+            with pytest.raises(KilledError):
+                analyze(opened, settings(), output, progress=stop)
+        else:
+            with pytest.raises(HtsrError, match="another"):
+                analyze(opened, settings(), output)
+    assert len(hashes) == 2
 
 
 def test_more_matrices_can_be_selected_when_resuming(tmp_path):
@@ -645,6 +841,74 @@ def test_a_file_size_limit_is_a_sentence_too(model, run, tmp_path):
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "tiny.metrics.json").read_text() == "old"
+
+
+BAD_NAMES = ["a:b.json", "a\\b.json", "a" * 240 + ".json", "a\ud800.json"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_would_fail_at_the_end_fails_before_the_work(model, tmp_path, name):
+    started = []
+    with pytest.raises(HtsrError):
+        analyze(model, output=tmp_path / name, progress=lambda *_: started.append(1) or [])
+    assert not started
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_folder_with_a_colon_is_a_sentence_before_the_work(tmp_path, invoke):
+    write_shards(tmp_path / "llama:7b", [llama()])
+    done = invoke("analyze", "llama:7b")
+    assert done.rc == 1
+    assert "must be a bare file name" in done.stderr
+    assert "-o" in done.stderr
+    assert not list(tmp_path.glob("*.j*"))
+
+
+def test_an_architecture_or_folder_that_is_not_unicode_is_written_readably(tmp_path):
+    config = {"architectures": ["a\ud800"]}
+    folder = write_shards(tmp_path / os.fsdecode(b"m\xff"), [llama()], config=config)
+    output = tmp_path / "m.json"
+    analyze(folder, output=output)
+    assert (read_metrics(output).model.name, read_metrics(output).model.architecture) == (
+        "m?",
+        "a?",
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "link", "model.json"])
+def test_what_is_read_is_never_overwritten(model, name):
+    (model / "link").hardlink_to(model / "model.safetensors")
+    if name == "model.json":  # whose spectra have the name of the weights
+        (model / "model.safetensors").rename(model / "model.spectra.safetensors")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(HtsrError, match="would be overwritten"):
+        analyze(model, output=model / name)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_spectra_of_a_metrics_file_of_a_like_name_are_not_overwritten(model, tmp_path):
+    analyze(model, output=tmp_path / "x.metrics.json")
+    with pytest.raises(HtsrError, match=r"belongs to x\.metrics\.json"):
+        analyze(model, settings(exclude=("*layers.0*",)), tmp_path / "x.json")
+    analyze(model, output=tmp_path / "x.metrics.json")
+    (tmp_path / "y.json").write_text("{}")  # something else
+    analyze(model, output=tmp_path / "y.metrics.json")
+    assert (tmp_path / "y.json").read_text() == "{}"
+
+
+def test_a_run_leaves_the_journal_of_a_run_whose_name_begins_with_its_own(model, tmp_path):
+    other = tmp_path / "x.rank16.journal"
+    other.write_bytes(b'{"format": "htsr.journal", "identity": {}} 0\n')
+    analyze(model, output=tmp_path / "x.metrics.json")
+    assert other.exists()
+
+
+def test_a_fit_does_not_overwrite_what_it_reads(model, tmp_path):
+    path = tmp_path / "x.metrics.json"
+    analyze(model, output=path)
+    for name in (path.name, "x.spectra.safetensors"):
+        with pytest.raises(HtsrError, match="would be overwritten"):
+            refit(path, RunFiles(tmp_path / name), "median")
 
 
 def test_an_output_that_is_a_folder_is_a_sentence(model, tmp_path, invoke):

@@ -1,8 +1,10 @@
 """torchrun: several gloo processes on this machine, one result."""
 
+import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,7 +75,7 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     folder.mkdir()
     process = analyze(folder, 2, start_only=True)
     deadline = time.monotonic() + 60
-    journals = [folder / "model.journal", folder / "model.rank1.journal"]
+    journals = [folder / "model.journal", folder / "model.journal.rank1"]
     while time.monotonic() < deadline and process.poll() is None:
         lines = [p.read_bytes().count(b"\n") if p.exists() else 0 for p in journals]
         if min(lines) >= 2:
@@ -85,9 +87,12 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     kept = [p.read_bytes() for p in journals if p.exists()]
     assert len(kept) == 2, "the run had ended before it could be killed"
     for journal in journals:  # what is in the journals is used, not computed again
-        header, *lines = journal.read_bytes().splitlines()
-        marked = [line.replace(b'"engine": "', b'"engine": "kept: ') for line in lines]
-        journal.write_bytes(b"\n".join([header, *marked, b""]))
+        first, *lines = journal.read_bytes().splitlines()
+        header, marked = first.rpartition(b" ")[0], [first]
+        for line in lines:
+            text = line.rpartition(b" ")[0].replace(b'"engine": "', b'"engine": "kept: ')
+            marked.append(text + b" " + hashlib.sha256(header + text).hexdigest().encode())
+        journal.write_bytes(b"\n".join([*marked, b""]))
     finished = sum(text.count(b'"sha256"') for text in kept)
     assert finished >= 2
     analyze(folder, 1)
@@ -97,7 +102,7 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
     for matrix in kept_engines:
         matrix["engine"] = matrix["engine"].removeprefix("kept: ")
     assert (spectra, metrics) == result(alone / "alone")
-    assert not list(folder.glob("*.journal"))
+    assert not list(folder.glob("*.journal*"))
 
 
 def test_shares_are_disjoint_complete_and_even():
@@ -107,3 +112,67 @@ def test_shares_are_disjoint_complete_and_even():
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs)
     assert Ranks().take(range(3), float) == [0, 1, 2]
+
+
+ALONE = """
+from datetime import timedelta
+from htsr_alloc.analysis import distributed
+distributed.TO_MEET, distributed.SILENCE = timedelta(seconds={seconds}), 0.5
+from htsr_alloc.cli.main import main
+main()
+"""
+
+
+def one_of_two(folder: Path, seconds: int) -> subprocess.Popen:
+    """The first of two ranks, the other of which never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-c", ALONE.format(seconds=seconds), "analyze", "../model"],
+        cwd=folder,
+        env=environment(OMP_NUM_THREADS="1", **place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_wait_for_a_missing_rank_is_said_and_ends_by_a_signal(alone, number, code):
+    process = one_of_two(alone / "alone", 600)
+    lines = iter(process.stderr)
+    assert any("Rank 0 of 2 waits for the others, at most 600 s." in line for line in lines)
+    process.send_signal(number)
+    start = time.monotonic()
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    assert time.monotonic() - start < 10
+
+
+def test_a_missing_rank_is_a_sentence_after_the_time_that_was_said(alone):
+    _, said = one_of_two(alone / "alone", 3).communicate(timeout=60)
+    assert "error: Rank 0 of 2 did not meet the others within 3 s" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": "2", "RANK": "x"},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0"},  # and no MASTER_ADDR
+        {"LOCAL_WORLD_SIZE": "0"},
+    ],
+)
+def test_variables_of_the_environment_that_are_wrong_are_a_sentence(
+    model, invoke, monkeypatch, wrong
+):
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    done = invoke("analyze", model)
+    assert done.rc == 1
+    assert done.stderr.count("error: ") == 1

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from helpers.commands import llama, write_shards
 from safetensors.torch import load_file, save_file
 
+from htsr_alloc.checkpoints.listing import choose_files
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError
 
@@ -571,3 +573,13 @@ def test_real_checkpoints_read_as_safetensors_reads_them(checkpoint, name):
         file = opened.listing.shards[ref.shard].name
         with safe_open(checkpoint(name) / file, framework="pt") as shard:
             assert torch.equal(shard.get_tensor(ref.name), opened.read(ref))
+
+
+def test_eight_thousand_shards_are_chosen_in_linear_time():
+    names = [f"model-{i:05}-of-08000.safetensors" for i in range(1, 8001)]
+    start = time.perf_counter()
+    assert len(choose_files(names, bytes, "here")[0]) == 8000
+    index = json.dumps({"weight_map": {name: name for name in names}}).encode()
+    both = [*names, "model.safetensors.index.json"]
+    assert len(choose_files(both, lambda _: index, "here")[0]) == 8000
+    assert time.perf_counter() - start < 3

@@ -93,6 +93,44 @@ def test_what_the_server_asks_us_to_wait_is_waited(hub):
     assert time.monotonic() - start >= 1
 
 
+def test_a_long_wait_is_said_and_one_that_is_too_long_is_refused(hub, monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr(ranges.time, "sleep", waits.append)
+    for seconds in ("60", "3600"):
+        busy = {"status": 429, "headers": {"Retry-After": seconds}}
+        hub.reset({"path": "/resolve/", "do": "status", **busy})
+        if seconds == "60":
+            assert read(hub, 0, 100) == DATA[:100]
+        else:
+            with pytest.raises(Exception, match="429"):
+                read(hub, 0, 100)
+    assert waits == [60.0]
+    assert "The hub asks to wait for 60 s." in caplog.text
+
+
+def test_a_server_that_never_answers_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(ranges, "PATIENCE", 0.5)
+    hub.reset({"path": "/resolve/", "do": "hang", "seconds": 1, "times": 1000})
+    start = time.monotonic()
+    with pytest.raises(Exception, match="timed out"):
+        read(hub, 0, 100)
+    assert time.monotonic() - start < 2
+    time.sleep(1)
+    assert len(hub.requests) >= 2  # and no answer is still to come
+
+
+def test_a_server_that_drips_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(ranges, "GRACE", 0.3)
+    monkeypatch.setattr(ranges, "PATIENCE", 0.5)
+    hub.reset({"path": "/cdn/", "do": "slow", "chunk": 1, "wait": 0.1, "times": 1000})
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        read(hub, 0, 100)
+    assert time.monotonic() - start < 3
+    assert len(hub.requests) >= 2  # and no answer is still being given
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_not_asked_again(hub, status):
     hub.reset({"path": "/resolve/", "do": "status", "status": status, "times": 1000})
@@ -124,7 +162,7 @@ def test_slow_bytes_arrive(hub):
     [
         ({"do": "whole"}, "does not send ranges"),
         ({"do": "long"}, "sent more of model.safetensors than was asked for"),
-        ({"do": "size"}, "is of 5000001 bytes where the hub's listing says 5000000"),
+        ({"do": "size"}, "has 5000001 bytes; the hub's listing says 5000000"),
         ({"do": "commit"}, "changed while it was read"),
     ],
 )
@@ -138,5 +176,5 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(hub, fault, said):
 def test_another_file_under_the_same_name_is_refused(hub):
     with pytest.raises(HtsrError, match="changed while it was read"):
         read(hub, 0, 100, sha256="0" * 64)
-    with pytest.raises(HtsrError, match="is of 5000000 bytes where the hub's listing says 4"):
+    with pytest.raises(HtsrError, match="has 5000000 bytes; the hub's listing says 4"):
         read(hub, 0, 4, nbytes=4)

@@ -158,7 +158,7 @@ def test_the_network_that_stays_away_keeps_what_was_done(hub, local, tmp_path):
 def test_a_killed_download_goes_on_inside_its_shard(hub, local, tmp_path):
     hub.reset({"path": "/cdn/.*00001-of", "do": "slow", "chunk": 10_000, "wait": 0.1, "skip": 3})
     small_pieces = (
-        "import sys; from htsr_alloc.checkpoints import shards; shards.PIECE = 50_000; "
+        "import sys; from htsr_alloc.checkpoints import cache; cache.PIECE = 50_000; "
         "from htsr_alloc.cli.main import main; main()"
     )
     process = subprocess.Popen(

@@ -260,6 +260,44 @@ def _(folder: Path) -> list[object]:
     return ["inspect", folder]
 
 
+@bad("tensors: two billion experts of no size")
+def _(folder: Path) -> list[object]:
+    places = {"h.0.experts.w": entry((1 << 31, 0, 4), (0, 0))}
+    weights(folder / "model.safetensors", places, b"")
+    return ["analyze", folder]
+
+
+@bad("tensors: a million experts of a byte")
+def _(folder: Path) -> list[object]:
+    places = {"h.0.experts.w": entry((1_000_000, 1, 1), (0, 1_000_000), "F8_E4M3")}
+    weights(folder / "model.safetensors", places, bytes(1_000_000))
+    return ["inspect", folder]
+
+
+@bad("tensors: a name of 60,000 parts")
+def _(folder: Path) -> list[object]:
+    good(folder / "model.safetensors", ("x" + ".0" * 60_000 + ".weight",))
+    return ["inspect", folder]
+
+
+@bad("tensors: half of a surrogate pair in a name")
+def _(folder: Path) -> list[object]:
+    good(folder / "model.safetensors", ("h.0.\ud800.weight",))
+    return ["analyze", folder]
+
+
+@bad("settings: a billion bins")
+def _(folder: Path) -> list[object]:
+    good(folder / "model.safetensors")
+    return ["analyze", folder, "--bins", 1_000_000_000]
+
+
+@bad("output: the weights themselves")
+def _(folder: Path) -> list[object]:
+    good(folder / "model.safetensors")
+    return ["analyze", folder, "-o", folder / "model.safetensors"]
+
+
 @bad("tensors: nothing but 0-d, 1-d and 4-d ones")
 def _(folder: Path) -> list[object]:
     shapes: list[Any] = [[], [1], [1, 1, 1, 1]]

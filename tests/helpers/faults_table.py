@@ -1,6 +1,6 @@
 """``make faults``: every fault and every bad input, counted as they happen; 0 lost, 0 tracebacks.
 
-    python tests/faults_table.py [--kills 50] [--examples 1000]
+    PYTHONPATH=tests python -m helpers.faults_table [--kills 50] [--bits 20000] [--examples 1000]
 
 Exit code 1 when anything was lost, ended in a traceback, or was not survived.
 """
@@ -8,6 +8,7 @@ Exit code 1 when anything was lost, ended in a traceback, or was not survived.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,19 @@ from helpers.bad_inputs import BAD
 from helpers.commands import environment
 from helpers.fault_runs import FAULTS, Bench, kill_repeatedly
 from helpers.fuzz import targets
-from helpers.hubs import GAUNTLET, WAYS, client, facts, model_files, serving
+from helpers.hubs import (
+    GAUNTLET,
+    HOSTILE,
+    WAYS,
+    client,
+    facts,
+    hostile_cases,
+    listing_of,
+    model_files,
+    serving,
+)
 from helpers.odd_inputs import ODD
+from htsr_alloc.errors import HtsrError
 
 
 @dataclass
@@ -98,6 +110,66 @@ def network_faults(folder: Path) -> Row:
     return row
 
 
+def flipped_bits(folder: Path, count: int) -> Row:
+    """Single bits of a journal, in process: lost is an entry that is wrong."""
+    import numpy as np
+
+    from htsr_alloc.analysis.journal import read_journal
+
+    bench, row = Bench(folder), Row("a flipped bit in a journal")
+    process = bench.start()
+    bench.wait_for(12, process)
+    process.kill()
+    process.communicate()
+    data = bench.journal.read_bytes()
+    identity = json.loads(data.split(b"\n")[0].rpartition(b" ")[0])["identity"]
+    whole, path = read_journal(bench.journal, identity), folder / "flipped.journal"
+    for place in np.random.default_rng(0).integers(0, 8 * len(data), count):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        found = read_journal(path, identity)
+        right = all(
+            np.array_equal(entry.spectrum.eigenvalues, whole[name].spectrum.eigenvalues)
+            for name, entry in found.items()
+        )
+        row.tried += 1
+        row.good += right and len(found) >= len(whole) - 2
+        row.lost += not right
+    return row
+
+
+def hostile_hubs(folder: Path) -> Row:
+    """Hubs that lie, by a command each, and listings that are none, in process."""
+    row = Row("a hub that lies")
+    model_files(folder / "tiny")
+    (folder / "victim").write_text("mine")
+    with serving(folder) as hub:
+        for number, (name, (fault, args)) in enumerate(HOSTILE.items()):
+            cwd = folder / "clients" / f"{number}"
+            cwd.mkdir(parents=True)
+            hub.reset(fault)
+            done = client(hub.url, cwd, *args)
+            code = 0 if fault.get("harmless") else 1
+            clear = done.rc == code and done.stderr.count("error: ") == code
+            row.tried += 1
+            row.tracebacks += "Traceback" in done.stderr
+            if clear and (folder / "victim").read_text() == "mine":
+                row.good += 1
+            else:
+                row.failed(name, done.stderr)
+    for text in hostile_cases():
+        row.tried += 1
+        try:
+            listing_of(text)
+        except HtsrError:
+            row.good += 1
+        except Exception as error:
+            row.tracebacks += 1
+            row.failed(repr(text[:80]), error)
+    return row
+
+
 def commands(folder: Path, builds: dict[str, Any], code: int, what: str) -> Row:
     """Each input by a command in a process of its own."""
     row = Row(what)
@@ -154,6 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--examples", type=int, default=1000, help="of each fuzzed reader")
+    parser.add_argument("--bits", type=int, default=20_000, help="flipped in a journal")
     asked, start = parser.parse_args(), time.monotonic()
     line = "{:34} {:>6} {:>9} {:>6} {:>11}"
 
@@ -162,14 +235,19 @@ def main() -> int:
         return row
 
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place) / name for name in ("kills", "faults", "network", "bad", "odd")]
+        folders = [
+            Path(place) / name
+            for name in ("kills", "faults", "network", "bad", "odd", "bits", "hub")
+        ]
         for folder in folders:
             folder.mkdir()
         print(line.format("faults", "tried", "survived", "lost", "tracebacks"))
         faults = [show(kills(folders[0], asked.kills)), show(other_faults(folders[1]))]
         faults.append(show(network_faults(folders[2])))
+        faults.append(show(flipped_bits(folders[5], asked.bits)))
         print("\n" + line.format("bad inputs", "tried", "clear end", "", "tracebacks"))
         inputs = [show(commands(folders[3], BAD, 1, "one sentence"))]
+        inputs.append(show(hostile_hubs(folders[6])))
         odd = {name: build for name, (build, _) in ODD.items()}
         inputs.append(show(commands(folders[4], odd, 0, "readable, marked")))
         inputs += [show(row) for row in fuzzing(asked.examples)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,13 @@ def journal(text: bytes) -> bool:
     return True
 
 
+def journaled(text: bytes, hashed: bool) -> bytes:
+    """A journal of one record, with its hash or another."""
+    header = b'{"format": "htsr.journal", "version": 2, "identity": {}}'
+    lines = [(header, header), (text, header + text if hashed else text)]
+    return b"".join(t + b" " + sha256(of).hexdigest().encode() + b"\n" for t, of in lines)
+
+
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON document."""
     pairs = data.items() if isinstance(data, dict) else ()
@@ -176,7 +184,7 @@ def targets() -> dict[str, tuple[Any, Callable[[bytes], bool]]]:
     configs = st.dictionaries(st.sampled_from(keys), JSON, max_size=3)
     minimal = '{"format": "htsr.allocation", "version": 1, "budget": 3, "experts": [1, 2]'
     line = '{"name": "a", "sha256": "00", "eigenvalues": "", "n_zero": 0, "engine": "x"'
-    line += ', "windows": null, "reason": null}'
+    line += ', "stamp": "", "windows": null, "reason": null}'
     any_bytes = st.binary(max_size=200)
     return {
         "header": (laid_out() | any_bytes, header),
@@ -196,7 +204,7 @@ def targets() -> dict[str, tuple[Any, Callable[[bytes], bool]]]:
             reader(Allocation),
         ),
         "journal": (
-            changed(line).map(lambda b: b'{"identity": {}}\n' + b + b"\n") | any_bytes,
+            st.builds(journaled, changed(line) | any_bytes, st.booleans()) | any_bytes,
             journal,
         ),
     }

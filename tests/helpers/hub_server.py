@@ -16,9 +16,14 @@ after the first ``skip`` (0) of them, ``times`` (1) times:
     whole        ranges are ignored
     commit       another commit is named
     size         the file is said to be ``bytes`` longer
+    body         ``body`` (text) with ``headers`` is the whole answer
+    change       these ``headers`` are added, and the listing is updated with ``listing``
+    bomb         ``bytes`` zeros, compressed by gzip
+    hang         nothing is sent for ``seconds``
     move         the branch main first moves on to ``to``
 """
 
+import gzip
 import hashlib
 import json
 import re
@@ -119,6 +124,17 @@ class Handler(BaseHTTPRequestHandler):
             status, body = fault["status"], b"no " + TOKEN.encode()
         else:
             status, headers, body = self.respond(path.strip("/").split("/"), posted)
+        if fault["do"] == "hang":
+            time.sleep(fault["seconds"])
+        if fault["do"] == "body":
+            status, headers, body = 200, fault.get("headers", {}), fault["body"].encode()
+        if fault["do"] == "bomb":
+            status, headers = 200, {"Content-Encoding": "gzip"}
+            body = gzip.compress(bytes(fault["bytes"]))
+        if fault["do"] == "change":
+            headers = {**headers, **fault.get("headers", {})}
+            if "listing" in fault:
+                body = json.dumps({**json.loads(body), **fault["listing"]}).encode()
         if fault["do"] == "commit":
             headers["X-Repo-Commit"] = "d" * 40
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -194,7 +210,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def listing(self, file):
         found, size = sha256(file), file.stat().st_size
-        entry = {"rfilename": file.name, "blobId": found[:40], "oid": found[:40], "size": size}
+        content = file.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"rfilename": file.name, "blobId": blob, "oid": blob, "size": size}
         if file.suffix == ".safetensors":
             entry["lfs"] = {"sha256": found, "oid": found, "size": size, "pointerSize": 134}
         return entry

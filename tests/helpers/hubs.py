@@ -136,3 +136,96 @@ def facts(path: Path) -> dict[str, Any]:
     del data["spectra"]["file"]
     del data["tool"]["created"], data["model"]["name"], data["model"]["revision"]
     return data
+
+
+def listed(**changes: Any) -> list[dict[str, Any]]:
+    """One file as a listing has it, with these changes."""
+    return [{"rfilename": "model.safetensors", "size": 8, "blobId": "a" * 40, **changes}]
+
+
+LISTING, ANALYZE = "/api/models", ["analyze", "org/tiny", "-q"]
+UP = "../../../../../../victim"
+# name -> (fault of the server, the command)
+HOSTILE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "an ETag that is a path": (
+        {
+            "path": "/resolve/|/cdn/",
+            "do": "change",
+            "headers": {"ETag": f'"{UP}"', "X-Linked-Etag": f'"{UP}"'},
+            "times": 1000,
+            "harmless": True,  # an ETag is no part of any path
+        },
+        ANALYZE,
+    ),
+    "a commit that is a path": (
+        {"path": LISTING, "do": "change", "listing": {"sha": UP}},
+        ANALYZE,
+    ),
+    "a blob that is a path": (
+        {"path": LISTING, "do": "change", "listing": {"siblings": listed(blobId=UP)}},
+        ANALYZE,
+    ),
+    "a hash that is a path": (
+        {"path": LISTING, "do": "change", "listing": {"siblings": listed(lfs={"sha256": UP})}},
+        ANALYZE,
+    ),
+    "a file's name that is a path": (
+        {"path": LISTING, "do": "change", "listing": {"siblings": listed(rfilename=UP)}},
+        ANALYZE,
+    ),
+    "a listing that is a bomb": ({"path": LISTING, "do": "bomb", "bytes": 1 << 28}, ANALYZE),
+    "a listing without end": (
+        {"path": LISTING, "do": "body", "body": " " * 110_000_000},
+        ANALYZE,
+    ),
+    "a small file that is a bomb": (
+        {"path": "config.json", "do": "bomb", "bytes": 1 << 28},
+        ANALYZE,
+    ),
+    "a small file that is large": (
+        {"path": "config.json", "do": "body", "body": "{}" * 10_000_000},
+        ANALYZE,
+    ),
+    "a small file of another content": (
+        {"path": "config.json", "do": "corrupt", "at": 3},
+        ANALYZE,
+    ),
+    "a shard that is a bomb": (
+        {"path": "/cdn/.*00003-of", "do": "bomb", "bytes": 1 << 28, "skip": 1},
+        ANALYZE,
+    ),
+    "an error that is a bomb": (
+        {
+            "path": LISTING,
+            "do": "status",
+            "status": 404,
+            "headers": {"Content-Encoding": "gzip", "X-Error-Code": "RepoNotFound"},
+        },
+        ANALYZE,
+    ),
+}
+
+
+def hostile_cases() -> list[bytes]:
+    """Listings that are none."""
+    wrong: list[Any] = [None, [], {}, 7, "x", {"sha": COMMIT}, {"sha": COMMIT, "siblings": {}}]
+    wrong += [
+        {"sha": sha, "siblings": []} for sha in (None, 7, "", "main", COMMIT + "\n", [COMMIT])
+    ]
+    files = [{"size": size} for size in (None, -1, 1.5, "8", True, [8], {})]
+    files += [{"blobId": blob} for blob in (None, 7, "", "../x", "A" * 40, "a" * 39, ["a" * 40])]
+    files += [{"lfs": large} for large in ({"sha256": 7}, {"sha256": "x"}, {"size": 8}, [1], "x")]
+    wrong += [{"sha": COMMIT, "siblings": listed(**change)} for change in files]
+    texts = [json.dumps(data).encode() for data in wrong]
+    return [*texts, b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"<html></html>"]
+
+
+def listing_of(text: bytes) -> Any:
+    """What the client makes of a listing."""
+    from htsr_alloc.checkpoints.hub import HubRanges, _list_files
+
+    class Answers(HubRanges):
+        def whole(self, url: str, limit: int, what: str) -> bytes:
+            return text
+
+    return _list_files(Answers({}, "org/tiny", None), "org/tiny", None)

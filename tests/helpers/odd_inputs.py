@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.bad_inputs import ESCAPE, Build, entry, good, weights
+from helpers.bad_inputs import ESCAPE, Build, good
 
 ODD: dict[str, tuple[Build, str]] = {}
 
@@ -63,12 +63,6 @@ def _(folder: Path) -> list[object]:
     import torch
 
     return matrix(folder, torch.zeros(64, 64), f"h.0.{ESCAPE}.weight")
-
-
-@odd("names: a lone surrogate escape", "")
-def _(folder: Path) -> list[object]:
-    weights(folder / "model.safetensors", {"h.0.\ud800.weight": entry()})
-    return ["inspect", folder]
 
 
 @odd("names: a path", "")

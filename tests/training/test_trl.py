@@ -21,7 +21,8 @@ def test_sft_trainer_takes_the_exported_ranks(tmp_path):
     from htsr_alloc.allocation.exports import Lora, to_peft_rank
 
     tiny.llama(layers=4).save_pretrained(tmp_path / "model")
-    made = allocate(analyze(tmp_path / "model", estimator="median"), adapter_kind="lora", rank=16)
+    metrics = analyze(tmp_path / "model", estimator="median")
+    made = allocate(metrics, adapter_kind="lora", rank=16, beta=20)  # beta: ranks that differ
     assert len(set(made.experts)) > 1
     exported = json.loads(to_peft_rank(made, Lora.of(made)))
     trainer = SFTTrainer(

@@ -24,12 +24,14 @@ class Inputs(NamedTuple):
         own: x in the adapter's dtype; under autocast x itself.
         dropped: ``own`` after the adapter's dropout.
         base: (..., d_out), W₀x.
+        rows: which rows of the batch these are; None: all.
     """
 
     x: Tensor
     own: Tensor
     dropped: Tensor
     base: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
