@@ -236,16 +236,14 @@ def snapshot(
     import huggingface_hub
 
     with sentences(repo_id, revision):
-        found = patiently(
-            lambda: huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=offline,
-                allow_patterns=MODEL,
-                ignore_patterns=["*/*", "consolidated*"],
-            )
+        found = huggingface_hub.snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+            allow_patterns=MODEL,
+            ignore_patterns=["*/*", "consolidated*"],
         )
     return Path(found)
 
