@@ -21,7 +21,7 @@ from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINS = {"build.md", "watch.md"}  # need the extra [train]
+TRAINS = {"build.md", "lora.md", "watch.md"}  # need the extra [train]
 
 
 def run_bash(example) -> None:

@@ -28,6 +28,7 @@ from htsr_alloc.checkpoints.shards import CachedShards, DroppedShards, OfflineSh
 from htsr_alloc.errors import HtsrError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+MODEL = [*WANTED, "*.json", "*.jinja", "merges.txt", "*.model"]  # and the tokenizer
 NAME = re.compile(r"[^/\\:\0\ud800-\udfff]{1,200}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST = 100_000  # bytes of a shard that are asked for first: most headers are shorter
@@ -222,6 +223,29 @@ def _listed(
 
 def _shard(name: str, nbytes: int, commit: str, header: Header) -> Shard:
     return Shard(name, nbytes, f"{commit}:{header.sha256}")
+
+
+def snapshot(
+    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None, offline: bool
+) -> Path:
+    """A model's or an adapter's folder in the cache: safetensors, configuration, tokenizer.
+
+    Raises:
+        HtsrError: as ``open_hub``.
+    """
+    import huggingface_hub
+
+    with sentences(repo_id, revision):
+        found = huggingface_hub.snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+            allow_patterns=MODEL,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    return Path(found)
 
 
 class HubRanges(Ranges):

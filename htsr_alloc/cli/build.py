@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from htsr_alloc.cli import views
+from htsr_alloc.cli.adapters import Push, base_of, hand_on
 from htsr_alloc.cli.choices import SYSTEM
+from htsr_alloc.cli.opening import Hub
 from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
@@ -17,7 +19,7 @@ from htsr_alloc.records.lora import Lora
 
 def build(
     allocation: Annotated[Path, typer.Argument(help="An allocation file.")],
-    model: Annotated[Path, "Folder of the model; --dry-run reads only its config."],
+    model: Annotated[str, "Folder or hub id of the model; --dry-run reads only its config."],
     dry_run: Annotated[bool, "Only show what each layer would get."] = False,
     system: Annotated[str, "LoRA-MoE system to build.", SYSTEM] = "alphalora",
     target: Target = None,
@@ -28,7 +30,9 @@ def build(
     control: Annotated[
         Path | None, "Also write the configuration of plain LoRA of the same ranks, as JSON."
     ] = None,
+    push: Push = None,
     *,
+    hub: Hub,
     screen: Screen,
 ) -> None:
     """Put an allocation's experts on a model, and show what each layer got.
@@ -42,13 +46,15 @@ def build(
     from htsr_alloc.lora_moe.build import build as put_on
     from htsr_alloc.lora_moe.build import control as plain_lora
     from htsr_alloc.lora_moe.build import describe, empty_model, load, open_model, resolve_layers
+    from htsr_alloc.training.handing import whole_files
     from htsr_alloc.training.models import silence
 
     silence()
     loaded = load(allocation)
     if not dry_run and output is None:
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")
-    base = empty_model(model) if dry_run else open_model(model)
+    named = base_of(model, hub)
+    base = empty_model(named.folder) if dry_run else open_model(named.folder)
     prefixes = resolve_layers(base, loaded)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout)
     settings = {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
@@ -60,6 +66,8 @@ def build(
     if control is not None and text is not None:
         files.write_text(control, text)
         screen.note(f"wrote {control}")
-    if not dry_run:
-        made.save_pretrained(str(output))
+    if not dry_run and output is not None:
+        with whole_files(output) as folder:
+            made.save_pretrained(str(folder))
+        hand_on(screen, output, named, ["Not trained yet"], loaded, push, hub.token)
         screen.note(f"wrote {output}")

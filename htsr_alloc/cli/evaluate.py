@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from htsr_alloc.cli import views
+from htsr_alloc.cli.adapters import opened
 from htsr_alloc.cli.choices import DTYPE
+from htsr_alloc.cli.opening import Hub
 from htsr_alloc.cli.options import Chat, Device
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.training import check_installed
 
 
 def evaluate(
-    model: Annotated[Path, "Folder of the model."],
-    data: Annotated[Path, "Held-out rows, JSON lines."],
+    model: Annotated[str, "Folder or hub id of the model."],
+    data: Annotated[str, "Held-out rows: JSON lines, or a hub data set as org/name:split."],
     adapter: Annotated[
-        Path | None, "Folder of a trained adapter; without it the model alone is evaluated."
+        str | None,
+        "Folder or hub id of an adapter; without it the model alone is evaluated.",
     ] = None,
     limit: Annotated[int | None, "Number of rows to evaluate, from the first."] = None,
     batch_size: Annotated[int, "Rows of a batch."] = 32,
@@ -30,6 +32,7 @@ def evaluate(
     ] = "auto",
     device: Device = "auto",
     *,
+    hub: Hub,
     screen: Screen,
 ) -> None:
     """Measure accuracy on held-out rows, with its 95 % interval.
@@ -44,18 +47,17 @@ def evaluate(
     check_installed()
     from htsr_alloc.training import models, tokens
     from htsr_alloc.training.evaluate import evaluate as scored
-    from htsr_alloc.training.identity import check_base
     from htsr_alloc.training.rows import read_rows, share_of
 
     models.silence()
-    rows = share_of(read_rows(data), limit)
+    rows = share_of(read_rows(hub.rows(data)), limit)
     if adapter is not None:
-        check_base(adapter, model)
-    where = models.device_of(device)
-    loaded: Any = models.open_causal_lm(model, models.dtype_of(dtype, where)).to(where)
-    if adapter is not None:
-        loaded = models.open_adapter(loaded, adapter).to(where)
-    tokenizer = tokens.open_tokenizer(model)
+        found = opened(adapter, model, hub, dtype, device)
+        loaded, tokenizer = found.model, found.tokenizer
+    else:
+        where, folder = models.device_of(device), hub.folder(model)
+        loaded = models.open_causal_lm(folder, models.dtype_of(dtype, where)).to(where)
+        tokenizer = tokens.open_tokenizer(folder)
     with screen.counting(len(rows)) as count:
         score = scored(
             loaded,

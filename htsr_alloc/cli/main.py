@@ -14,11 +14,13 @@ import typer
 from htsr_alloc.cli.allocate import allocate
 from htsr_alloc.cli.analyze import analyze
 from htsr_alloc.cli.build import build
+from htsr_alloc.cli.collapse import collapse
 from htsr_alloc.cli.compare import compare
 from htsr_alloc.cli.evaluate import evaluate
 from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well, exit_at_once, say_stopped, stop_on_signals
 from htsr_alloc.cli.fit import fit
+from htsr_alloc.cli.generate import generate
 from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.options import Command, declared, split_examples
 from htsr_alloc.cli.plot import plot
@@ -47,6 +49,8 @@ COMMANDS = (
     build,
     train,
     evaluate,
+    generate,
+    collapse,
     study,
 )
 for command in COMMANDS:  # the order of --help, which cuts sentences that are not given to it

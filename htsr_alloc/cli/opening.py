@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,8 @@ import typer
 
 from htsr_alloc.cli.screen import Screen, size
 from htsr_alloc.errors import HtsrError
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 if TYPE_CHECKING:
     from htsr_alloc.checkpoints.layers import LayerMap
@@ -45,6 +48,29 @@ class Hub:
             offline=self.offline,
             shards=shards,
         )
+
+    def folder(self, source: str) -> Path:
+        """A model's folder on this machine; of a hub id ``org/name`` the snapshot in the cache."""
+        path = Path(source).expanduser()
+        if path.exists() or not REPOSITORY.fullmatch(source):
+            return path  # whoever reads it says what is missing
+        from htsr_alloc.checkpoints.hub import snapshot
+
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        return snapshot(source, self.revision, self.token, self.cache_dir, self.offline)
+
+    def rows(self, source: str) -> Path:
+        """A JSON lines file; of a data set of the hub, ``org/name`` or ``org/name:split``, a copy.
+
+        The split is ``train`` if none is given.
+        """
+        path = Path(source).expanduser()
+        repo, _, split = source.partition(":")
+        if path.exists() or path.suffix in (".jsonl", ".json") or not REPOSITORY.fullmatch(repo):
+            return path
+        from htsr_alloc.checkpoints.rows import rows_of
+
+        return rows_of(repo, split or "train", self.token, self.cache_dir, self.offline)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from htsr_alloc.cli import views
+from htsr_alloc.cli.adapters import Push, base_of, hand_on
 from htsr_alloc.cli.choices import DTYPE, TRAINED_SYSTEM
+from htsr_alloc.cli.opening import Hub
 from htsr_alloc.cli.options import Chat, Device, LoraAlpha, LoraDropout, LoraR, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.records.lora import Lora
@@ -17,13 +19,15 @@ from htsr_alloc.training.settings import Recipe
 
 
 def train(
-    model: Annotated[Path, "Folder of the model."],
-    data: Annotated[Path, "Rows to train on, JSON lines."],
+    model: Annotated[str, "Folder or hub id of the model."],
+    data: Annotated[
+        str, "Rows to train on: JSON lines, or a hub data set as org/name or org/name:split."
+    ],
     allocation: Annotated[
         Path | None, typer.Argument(help="An allocation file; EM-LoRA takes none.")
     ] = None,
     output: Annotated[Path, "Folder of the trained adapter."] = Path("adapter"),
-    validation: Annotated[Path | None, "Rows whose loss is logged after each epoch."] = None,
+    validation: Annotated[str | None, "Rows whose loss is logged after each epoch."] = None,
     system: Annotated[
         str, "LoRA-MoE system to train; lora is plain LoRA of the same ranks.", TRAINED_SYSTEM
     ] = "alphalora",
@@ -38,8 +42,10 @@ def train(
     ] = "auto",
     device: Device = "auto",
     resume: Annotated[bool, "Continue at the last checkpoint in the output folder."] = False,
+    push: Push = None,
     *,
     recipe: Recipe,
+    hub: Hub,
     screen: Screen,
 ) -> None:
     """Train an allocation's experts on JSON lines, with transformers' Trainer.
@@ -61,12 +67,13 @@ def train(
     models.silence()
     loaded = None if allocation is None else load(allocation)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target or ())
+    base = base_of(model, hub)
     asked = running.Run(
-        model,
-        data,
+        base.folder,
+        hub.rows(data),
         output,
         allocation,
-        validation,
+        None if validation is None else hub.rows(validation),
         models.Adapter(system, lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules),
         recipe,
         max_length,
@@ -77,5 +84,12 @@ def train(
     done = running.train(asked, resume=resume, progress=screen.watched, note=screen.note)
     if not running.is_first():
         return
+    facts = [
+        f"Trained on {done.rows} rows of {Path(data).name}, {done.steps} steps, learning rate "
+        f"{recipe.learning_rate:g}, seed {recipe.seed}",
+        *([f"Validation rows: {Path(validation).name}"] if validation else []),
+        f"Last loss: {done.loss:.4g}; trainable parameters: {done.trainable:,}",
+    ]
+    hand_on(screen, output, base, facts, loaded, push, hub.token)
     screen.show(views.trained(done))
     screen.note(f"wrote {output}: the adapter, {running.PICTURE} and log.jsonl")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from htsr_alloc.checkpoints.listing import Transfer
     from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
+    from htsr_alloc.lora_moe.collapse import Collapsed
     from htsr_alloc.records import Allocation, Metrics
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
@@ -213,6 +214,16 @@ def trained(done: Trained) -> View:
     columns = ["rows", "steps", "loss", "seconds", "trainable"]
     row = [done.rows, done.steps, done.loss, f"{done.seconds:.0f}", f"{done.trainable:,}"]
     return View(asdict(done), [Table(columns, [row])])
+
+
+def collapsed(made: Collapsed, rows: int) -> View:
+    """One row."""
+    ranks = [a.shape[0] for a, _ in made.factors.values()]
+    data = {"error": made.error, "exact": made.exact, "rows": rows, "modules": len(ranks)}
+    columns = ["modules", "rank", "rows", "error of the logits"]
+    spread = f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else max(ranks)
+    notes = [] if made.exact else ["the gates are fixed at their means: check the plain LoRA"]
+    return View(data, [Table(columns, [[len(ranks), spread, rows, f"{made.error:.3g}"]])], notes)
 
 
 def score(found: Score) -> View:

@@ -29,11 +29,13 @@ class Collapsed:
         error: ‖logits − logits'‖ / ‖logits‖ over the calibration batches, padding included.
         exact: whether no router was averaged (one expert everywhere), so that the error is
             rounding only.
+        task_type: PEFT's, of the mixture.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     error: float
     exact: bool
+    task_type: str | None = None
 
     def save(self, folder: str | Path) -> None:
         """An adapter folder that PEFT loads as LoRA, and ``collapse.json`` with the error."""
@@ -46,6 +48,7 @@ class Collapsed:
             rank_pattern={"^" + name.replace(".", r"\."): rank for name, rank in ranks.items()},
             alpha_pattern={"^" + name.replace(".", r"\."): rank for name, rank in ranks.items()},
             inference_mode=True,
+            task_type=self.task_type,
         )
         config.save_pretrained(str(folder))
         tensors = {}
@@ -84,7 +87,9 @@ def collapse(
     if routed:
         gates = {row.name: row.gate for row in routing_report(model, batches, adapter)}
     factors = {layer.name: _factors(layer, adapter, gates) for layer in layers}
-    return Collapsed(factors, _error(model, batches, layers, factors), exact=not routed)
+    configs = getattr(model, "peft_config", {})
+    task = configs[adapter].task_type if adapter in configs else None
+    return Collapsed(factors, _error(model, batches, layers, factors), not routed, task)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""LoRA's settings and their defaults. It imports little: the command line shows them in its help."""
+"""LoRA's settings and their defaults. It imports little: the command line shows them in help."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import load
 from htsr_alloc.training import figure, models, saves, tokens
+from htsr_alloc.training.handing import whole_files
 from htsr_alloc.training.identity import RUN, content_of, weights_of
 from htsr_alloc.training.recipe import Recipe, make_trainer
 from htsr_alloc.training.rows import read_rows
@@ -126,7 +127,8 @@ def train(
     trainer.refuse_divergence()
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
-        model.save_pretrained(str(run.output))
+        with whole_files(run.output) as made:
+            model.save_pretrained(str(made))
         examples = encoded["validation"] or encoded["data"]
         try:
             figure.plot_run(model, history, examples, run.output / PICTURE, tokenizer)

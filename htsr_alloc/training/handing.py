@@ -1,0 +1,159 @@
+"""What makes an adapter's folder complete: its base's name, the tokenizer and a model card."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr_alloc import files
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Allocation
+
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+LOAD = """```python
+{first}from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER_OR_HUB_ID")
+```
+"""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model under an adapter: its name (a hub id, or a folder), its folder here, its commit."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the name is a hub id."""
+        return self.revision is not None
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder whose files move to ``folder`` when the block ends without error.
+
+    The configuration comes last: a folder that has one has the rest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
+        yield Path(made)
+        for path in sorted(Path(made).iterdir(), key=lambda path: path.name == CONFIG):
+            path.replace(folder / path.name)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration.
+
+    Raises:
+        HtsrError: there is none that can be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise HtsrError(f"{folder} has no {CONFIG}.", "Give the folder of a saved adapter.")
+    try:
+        found = files.parse_json(files.read_bytes(path).decode("utf-8"))
+        return dict(found)
+    except (ValueError, TypeError):
+        raise HtsrError(f"{path} is not an adapter's configuration.") from None
+
+
+def finish(folder: Path, base: Base, facts: Sequence[str], allocation: Allocation | None) -> None:
+    """Add the tokenizer and a card to a saved adapter, and name its base.
+
+    Args:
+        facts: lines of the card: how it was made and what came of it.
+
+    Raises:
+        HtsrError: a folder without an adapter, or a file that cannot be written.
+    """
+    from htsr_alloc.training.tokens import open_tokenizer
+
+    config = config_of(folder)
+    config["base_model_name_or_path"] = base.name
+    if base.on_hub:
+        config["revision"] = base.revision
+    with whole_files(folder) as made:
+        open_tokenizer(base.folder).save_pretrained(str(made))
+        files.write_text(made / CARD, card(config, base, facts, allocation))
+        files.write_text(made / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def card(
+    config: dict[str, Any], base: Base, facts: Sequence[str], allocation: Allocation | None
+) -> str:
+    """A model card in the hub's format."""
+    mixture = config.get("peft_type") == "LORA_MOE"
+    kind = f"LoRA mixture ({config.get('system')})" if mixture else "LoRA"
+    head = ["library_name: peft", "pipeline_tag: text-generation"]
+    if base.on_hub:
+        head.insert(0, f"base_model: {base.name}")
+    head += ["tags:", "- lora", *(["- lora-moe"] if mixture else []), "- htsr_alloc"]
+    name = base.name.rstrip("/").rpartition("/")[2]
+    text = ["---", *head, "---", "", f"# {kind} adapter of {name}", ""]
+    text += [f"* Base: {base.name if base.on_hub else name}"]
+    text += [f"* {fact}" for fact in facts]
+    if allocation is not None:
+        text += ["", "## Allocation", "", *_allocation(allocation)]
+    text += ["", "## Use", ""]
+    if mixture:
+        text += [
+            "PEFT does not know this kind of adapter by itself. Install the package that does, and "
+            "import it first:",
+            "",
+            "```",
+            "pip install 'htsr-alloc[train]'",
+            "```",
+            "",
+        ]
+    first = "import htsr_alloc.lora_moe  # registers the adapter with PEFT\n" if mixture else ""
+    text.append(LOAD.format(first=first))
+    return "\n".join(text)
+
+
+def _allocation(allocation: Allocation) -> Iterator[str]:
+    what = "Ranks" if allocation.holds_ranks else "Experts"
+    strategy = allocation.strategy
+    if strategy is not None:
+        given = {"metric": strategy.metric, "estimator": strategy.estimator, "beta": strategy.beta}
+        said = [f"{key} {value}" for key, value in given.items() if value is not None]
+        yield f"* Strategy: {', '.join([strategy.name, *said])}"
+    yield f"* {what} of the layers, from the first: {', '.join(map(str, allocation.experts))}"
+    yield f"* Sum: {allocation.budget}"
+    if allocation.modules:
+        yield "* These are rounded means: each linear has a count of its own."
+
+
+def push(folder: Path, repo: str, token: str | None) -> str:
+    """Upload an adapter's folder to a repository of the hub, made if it is not there.
+
+    Checkpoints stay here. A new repository is private.
+
+    Returns:
+        Its address.
+
+    Raises:
+        HtsrError: the hub refuses, or cannot be reached.
+    """
+    import huggingface_hub
+
+    from htsr_alloc.training.saves import CHECKPOINTS
+
+    api = huggingface_hub.HfApi(token=token)
+    address = api.create_repo(repo, private=True, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        ignore_patterns=[f"{CHECKPOINTS}/**", ".*"],
+        commit_message="Upload the adapter",
+    )
+    return str(address)
