@@ -179,6 +179,13 @@ class LoraMoeModel(BaseTuner):
             handle.remove()
         return model
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always refused: routers cannot be added up."""
+        raise HtsrError(
+            "Adapters with routers cannot be combined into one.",
+            "base_model.set_adapter([...]) adds up the outputs of several.",
+        )
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """Always refused."""
         next(layers_of(self.model)).merge()
@@ -198,8 +205,8 @@ def state_of(model: nn.Module) -> RouterState:
         hooks = PassHooks(model, state)
         setattr(model, STATE, state)
         state.handles = [
-            model.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            model.register_forward_hook(hooks.after, with_kwargs=True),
+            model.register_forward_pre_hook(torch.compiler.disable(hooks.before), with_kwargs=True),
+            model.register_forward_hook(torch.compiler.disable(hooks.after), with_kwargs=True),
         ]
     return state
 

@@ -68,7 +68,6 @@ class PassHooks:
         """The call's arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
-    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open a pass with this call's token masks."""
         given = self.arguments(args, kwargs)
@@ -96,7 +95,6 @@ class PassHooks:
                 labels = given.get("shift_labels", labels[..., 1:])
             now.share = (labels != -100).sum() / items
 
-    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Mark the outputs; add up the pass's balance loss."""
         if not model.training:

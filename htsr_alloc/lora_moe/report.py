@@ -128,6 +128,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def plot_routing(reports: list[RouterReport], path: str | Path | None = None) -> Figure:
     """A heat map, one row a router and one column an expert: its load times N (1 is balance).
 
+    Where every token uses every expert, all loads are equal, and the mean gate is drawn instead.
+
     Args:
         path: a file to write as well, in any format of matplotlib's.
     """
@@ -151,12 +153,13 @@ def draw_load(axes: Axes, reports: list[RouterReport]) -> None:
 
     from htsr_alloc.style import COLOUR_MAP
 
-    most = max(len(row.load) for row in reports)
-    cells = [
-        [share * len(row.load) for share in row.load] + [float("nan")] * (most - len(row.load))
-        for row in reports
-    ]
+    dense = not any(idle for row in reports for idle in row.idle)
+    rows = [row.gate if dense else row.load for row in reports]
+    most = max(map(len, rows))
+    cells = [[x * len(row) for x in row] + [float("nan")] * (most - len(row)) for row in rows]
     image = axes.imshow(cells, aspect="auto", cmap=COLOUR_MAP, vmin=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert")
-    axes.figure.colorbar(image, ax=axes, label="load times N (1 is balance)")
+    axes.figure.colorbar(
+        image, ax=axes, label=f"{'mean gate' if dense else 'load'} times N (1 is balance)"
+    )

@@ -70,6 +70,19 @@ def test_figure(tmp_path):
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("system", "drawn"), [("mor", "gate"), ("hydra", "gate"), ("alphalora", "load")]
+)
+def test_figure_of_dense_routers_has_the_gate(system, drawn):
+    rows = routing_report(tiny.adapted(system), batches())
+    axes = plot_routing(rows).axes[0]
+    cells = axes.images[0].get_array()
+    assert cells.tolist() == [[4 * x for x in getattr(row, drawn)] for row in rows]
+    assert cells.max() > 1.01 * cells.min(), "not a constant"
+    words = {"gate": "mean gate times N", "load": "load times N"}
+    assert axes.figure.axes[1].get_ylabel().startswith(words[drawn])
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_collapse_is_a_lora_with_the_error_it_says(system, tmp_path):
     model = tiny.adapted(system, trained=False)

@@ -384,6 +384,8 @@ def test_merging_is_refused():
         model.merge_and_unload()
     with pytest.raises(HtsrError, match="cannot be merged"):
         model.merge_adapter()
+    with pytest.raises(HtsrError, match="cannot be combined"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 def test_another_base_is_refused(tmp_path):
