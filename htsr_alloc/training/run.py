@@ -101,14 +101,6 @@ def train(
     allocation = None if run.allocation is None else load(run.allocation)
     torch.manual_seed(run.recipe.seed)
     model: Any = run.adapter.put_on(models.open_causal_lm(run.model, dtype), allocation)
-    count = models.trainable(model)
-    if is_first():
-        note(
-            f"{len(encoded['data'])} rows; {count:,} trainable parameters; "
-            f"{str(dtype).removeprefix('torch.')} on {device.type}"
-        )
-        if checkpoint is not None:
-            note(f"resumed at {checkpoint.name}")
     trainer = make_trainer(
         model,
         encoded["data"],
@@ -121,7 +113,15 @@ def train(
         bf16=dtype == torch.bfloat16,
         progress=progress and is_first(),
     )
-    if is_first():  # the processes have met by now, so that each has seen the folder as it was
+    count = models.trainable(model)  # without the activations that no validation rows teach
+    if is_first():
+        note(
+            f"{len(encoded['data'])} rows; {count:,} trainable parameters; "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}"
+        )
+        if checkpoint is not None:
+            note(f"resumed at {checkpoint.name}")
+        # The processes have met by now, so that each has seen the folder as it was.
         files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.refuse_divergence()

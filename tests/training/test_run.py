@@ -93,6 +93,16 @@ def test_other_systems_train_and_reload(system, more, invoke, work):
     assert not torch.allclose(loaded(inputs).logits, base(inputs).logits, atol=1e-4)
 
 
+def test_activations_that_stay_frozen_are_not_counted(invoke, work):
+    """Without validation rows EM-LoRA's two activations of 12 coefficients do not learn."""
+    counts = []
+    for output, more in (("out", []), ("more", ["--validation", "test.jsonl"])):
+        given = arguments(output, "--steps", 1, "--system", "em_lora", "--json", *more)
+        given.remove("a.json")
+        counts.append(json.loads(invoke(*given).stdout)["trainable"])
+    assert counts[1] - counts[0] == 2 * 12
+
+
 def test_resumed_is_as_if_nothing_had_happened(invoke, work):
     more = ["--save-every", 5, "--log-every", 1, "--epochs", 2, "--batch-size", 16]
     assert invoke(*arguments("whole", *more)).rc == 0
