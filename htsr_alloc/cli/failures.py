@@ -21,6 +21,7 @@ from htsr_alloc.errors import HtsrError
 
 GOES_ON = "the same command goes on where this one stopped."
 _received: list[int] = []  # signals that asked us to stop
+_said: list[int] = []  # those of them of which the user was told
 
 
 def stop_on_signals() -> None:
@@ -65,9 +66,11 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def say_stopped() -> int:
-    """Say that a signal ended the command; the exit code."""
+    """Say, once, that a signal ended the command; the exit code."""
     number = _received[0] if _received else signal.SIGINT
-    Screen().warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
+    if not _said:
+        _said.append(number)
+        Screen().warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
     return 128 + number
 
 

@@ -71,7 +71,9 @@ def _taken() -> int:
         return 0
 
 
-def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_patterns(
+    config: Mapping[str, Any], names: Iterable[str], seconds: float = SECONDS
+) -> None:
     """Match an adapter's regular expressions with a model's module names, in bounded time.
 
     Args:
@@ -87,7 +89,7 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
             [given] if isinstance(given, str) else given if isinstance(given, (list, dict)) else []
         )
         patterns += [form.format(text) for text in many if isinstance(text, str)]
-    with bounded("A regular expression in adapter_config.json"):
+    with bounded("A regular expression in adapter_config.json", seconds):
         for name in names:
             for text in patterns:
                 try:

@@ -6,7 +6,6 @@ import pytest
 from helpers.records_made import ALLOCATION, METRICS
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.files import read_bytes
 from htsr_alloc.records import dumps
 from htsr_alloc.training.rows import read_rows
 
@@ -35,10 +34,11 @@ def test_no_input_is_overwritten(tmp_path, invoke, name):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_pipe_that_nobody_writes_to_is_a_sentence(tmp_path):
+def test_a_pipe_that_nobody_writes_to_is_a_sentence(tmp_path, run):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(HtsrError, match="is a pipe"):
-        read_bytes(tmp_path / "pipe")
+    done = run("allocate", "pipe", "--T", 4, timeout=60)
+    assert done.rc == 1
+    assert "error: pipe is a pipe." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,19 @@ def test_a_bad_row_is_a_sentence(tmp_path, line, said):
     (tmp_path / "rows.jsonl").write_bytes(line)
     with pytest.raises(HtsrError, match=said):
         read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1", "\r=1"])
+def test_a_name_in_csv_is_no_formula(name):
+    import csv
+    import dataclasses
+    import io
+
+    from htsr_alloc.allocation.exports import EXPORTS
+    from htsr_alloc.allocation.exports.lora import Lora
+
+    row = dataclasses.replace(ALLOCATION.evidence[0], prefix=name)
+    made = dataclasses.replace(ALLOCATION, evidence=(row, *ALLOCATION.evidence[1:]))
+    table = list(csv.reader(io.StringIO(EXPORTS["csv"](made, Lora(), None), newline="")))
+    assert table[1][1] == "'" + name.replace("\r", " ")
+    assert table[2][1] == ALLOCATION.evidence[1].prefix
