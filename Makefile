@@ -21,7 +21,7 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test train-demo study faults lint docs lock audit clean
+.PHONY: demo test train-demo study faults mutations lint docs lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -42,6 +42,9 @@ test: .venv/test
 
 faults: .venv/test
 	PYTHONPATH=tests $(BIN)/python -m helpers.faults_table $(ARGS)
+
+mutations: .venv/test
+	PYTHONPATH=tests $(BIN)/python -m helpers.mutations $(ARGS)
 
 SMOLLM2 := .cache/smollm2-gguf
 LABELS  := --model $(SMOLLM2) --data .cache/tasks/sarcasm/test.jsonl --limit 300

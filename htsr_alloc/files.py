@@ -94,9 +94,11 @@ def read_bytes(path: Path, limit: int = 1 << 30) -> bytes:
     """The file's bytes.
 
     Raises:
-        HtsrError: it does not exist, cannot be read, or has more than ``limit`` bytes.
+        HtsrError: it does not exist, cannot be read, is a pipe, or has more than ``limit`` bytes.
     """
     try:
+        if path.is_fifo():  # it may never be written to
+            raise HtsrError(f"{path} is a pipe.", "Give a file.")
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def read_scores(path: Path, column: str = "score") -> Scores:
         if name in values:
             raise HtsrError(f"{where}: duplicate {key} {name}.")
         values[name] = _number(row[column], where)
-    return Scores(column, key, values, File(path.name, files.sha256(path)))
+    return Scores(column, key, values, File(path.name, hashlib.sha256(text).hexdigest()))
 
 
 def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -136,11 +137,13 @@ def allocate(
     if metrics is not None:
         text = files.read_bytes(metrics)
         loaded = records.loads(records.Metrics, text, metrics.name)
-        source = records.File(metrics.name, files.sha256(metrics))
+        source = records.File(metrics.name, hashlib.sha256(text).hexdigest())
         stem = metrics.name.removesuffix(".json").removesuffix(".metrics")
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
+    path = output or Path(f"{stem}.allocation.json")
+    files.refuse_overwriting(path, [read for read in (metrics, scores) if read is not None])
     result = allocation.allocate(loaded, request, source=source, tool=records.this_tool())
     report = None
     if sensitivity:
@@ -154,7 +157,6 @@ def allocate(
     if to_stdout:
         screen.text(records.dumps(result))
         return
-    path = output or Path(f"{stem}.allocation.json")
     _refuse_to_replace(path, result, force)
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))

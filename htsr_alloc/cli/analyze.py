@@ -78,7 +78,7 @@ def analyze(
         exclude=selection.exclude,
     )
     to_stdout = str(output) == "-"
-    to_device = output is not None and is_device(output)
+    to_device = output is not None and files.is_special(output)
     run_files = None
     if not to_stdout and not to_device:
         name = checkpoint.name.rpartition("/")[2]
@@ -101,8 +101,3 @@ def analyze(
         screen.show(views.metrics(metrics))
         screen.note(f"wrote {run_files.metrics} and {run_files.spectra.name}" if run_files else "")
     warn_unfitted(screen, metrics, strict)
-
-
-def is_device(path: Path) -> bool:
-    """Whether it is a pipe or device, such as /dev/null."""
-    return path.exists() and not path.is_file() and not path.is_dir()

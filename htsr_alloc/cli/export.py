@@ -42,6 +42,8 @@ def export(
     from htsr_alloc import files, records
     from htsr_alloc.allocation.exports import EXPORTS
 
+    if output is not None:
+        files.refuse_overwriting(output, [allocation])
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target_modules or ())
     modules = modules_of(hub.open(model)) if model is not None else None

@@ -21,6 +21,7 @@ from htsr_alloc.cli.secrets import redacted
 from htsr_alloc.errors import HtsrError
 
 _received: list[int] = []  # signals that asked us to stop
+_said: list[int] = []  # those of them of which the user was told
 
 
 def stop_on_signals() -> None:
@@ -97,10 +98,12 @@ KEPT: dict[str, Callable[..., str]] = {
 
 
 def say_stopped(kept: str = "") -> int:
-    """Say that a signal ended the command, and what is kept; the exit code."""
+    """Say, once, that a signal ended the command, and what is kept; the exit code."""
     number = _received[0] if _received else signal.SIGINT
-    said = "terminated" if number == signal.SIGTERM else "interrupted"
-    Screen().warn(f"{said}; {kept}" if kept else f"{said}.")
+    if not _said:
+        _said.append(number)
+        said = "terminated" if number == signal.SIGTERM else "interrupted"
+        Screen().warn(f"{said}; {kept}" if kept else f"{said}.")
     return 128 + number
 
 

@@ -6,6 +6,7 @@ torch, and a command's own help loads what its choices come from.
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -68,6 +69,8 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = end.code
+        if code == 128 + signal.SIGINT:  # it may have come while typer was at work
+            code = say_stopped()
     except KeyboardInterrupt:  # while typer was still making the commands
         code = say_stopped()
     exit_at_once(code)

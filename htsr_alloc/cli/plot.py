@@ -38,9 +38,11 @@ def plot(
         htsr plot smollm2.metrics.json --view heatmap --metric stable_rank -o heatmap.pdf
         htsr plot smollm2.metrics.json --layer 0 --role q_proj -o spectrum.svg
     """
+    from htsr_alloc.files import refuse_overwriting
     from htsr_alloc.reports import plots
 
     path = output or Path(files[0].name.removesuffix(".json") + ".png")
+    refuse_overwriting(path, files)
     plots.plot(
         *files,
         view=view,

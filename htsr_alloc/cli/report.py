@@ -28,8 +28,11 @@ def report(
         htsr report smollm2.metrics.json
         htsr report smollm2.metrics.json smollm2.allocation.json -o smollm2.html
     """
+    from htsr_alloc.files import refuse_overwriting
     from htsr_alloc.reports import report as make
 
     stem = files[0].name.removesuffix(".json").removesuffix(".metrics")
+    path = output or Path(f"{stem}.report.html")
+    refuse_overwriting(path, files)
     page = make(*files, notes=note or ())
-    Screen(quiet=quiet).save(page, output or Path(f"{stem}.report.html"))
+    Screen(quiet=quiet).save(page, path)

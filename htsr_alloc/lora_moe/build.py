@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from htsr_alloc.allocation import exports as export
+from htsr_alloc.checkpoints.layers import MAX_BLOCKS
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import read_bytes
 from htsr_alloc.lora_moe.config import LoraMoeConfig
@@ -18,6 +20,8 @@ from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.resolve import renamed, resolve_layers, resolve_modules
 from htsr_alloc.lora_moe.systems import DEFAULT, system_of
 from htsr_alloc.records import Allocation, loads
+
+LAYERS = re.compile(r"(layers?|blocks|depth)$")  # a configuration's keys for their number
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,12 @@ def open_model(folder: Path) -> nn.Module:
         raise _cannot(folder, error) from None
 
 
-def _model_class(folder: Path) -> tuple[Any, Any]:
+def open_config(folder: Path) -> Any:
+    """A model's configuration.
+
+    Raises:
+        HtsrError: no config.json, one that transformers does not know, or too many layers.
+    """
     import transformers
 
     if not (folder / "config.json").is_file():
@@ -192,8 +201,29 @@ def _model_class(folder: Path) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise _cannot(folder, error) from None
+    _refuse_huge(config.to_dict(), folder)
+    return config
+
+
+def _model_class(folder: Path) -> tuple[Any, Any]:
+    import transformers
+
+    config = open_config(folder)
     names = getattr(config, "architectures", None) or [""]
     return getattr(transformers, names[0], transformers.AutoModelForCausalLM), config
+
+
+def _refuse_huge(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse more layers than any model has, before transformers makes a module of each.
+
+    Raises:
+        HtsrError: a number of layers or blocks in the configuration, or in one inside it.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_huge(value, folder)
+        elif isinstance(value, int) and value > MAX_BLOCKS and LAYERS.search(key):
+            raise HtsrError(f"{folder} has {key} {value}: at most {MAX_BLOCKS} are accepted.")
 
 
 def _cannot(folder: Path, error: Exception) -> HtsrError:

@@ -52,7 +52,7 @@ def check_base(adapter: Path, model: Path) -> None:
         return
     try:
         was = json.loads(files.read_bytes(path)).get("weights")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise HtsrError(f"{path} is not a run's file.", "Train again.") from None
     if was is not None and was != weights_of(model):
         raise HtsrError(

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.build import build, control
+from htsr_alloc.lora_moe.build import build, control, open_config
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
 from htsr_alloc.records import Allocation
 from htsr_alloc.records.lora import Lora
 from htsr_alloc.spectra.devices import choose_device
+from htsr_alloc.training.bounds import check_patterns
 from htsr_alloc.training.causal import refuse_unless_causal
 from htsr_alloc.training.settings import DTYPES
 
@@ -93,8 +95,7 @@ def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
+    open_config(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -115,9 +116,19 @@ def open_adapter(model: Any, folder: Path) -> PeftModel:
     if not (folder / "adapter_config.json").is_file():
         raise HtsrError(f"{folder} has no adapter_config.json.", "Give the folder htsr train made.")
     try:
+        config = files.parse_json(files.read_bytes(folder / "adapter_config.json").decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise HtsrError(f"adapter_config.json of {folder} is not JSON: {why}.") from None
+    if not isinstance(config, dict):
+        raise HtsrError(f"adapter_config.json of {folder} is not an object.")
+    check_patterns(config, [name for name, _ in model.named_modules()])
+    try:
         return PeftModel.from_pretrained(model, folder)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    except (HtsrError, MemoryError):
+        raise
+    except Exception as error:  # PEFT checks no types: a wrong one can raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HtsrError(f"PEFT cannot load {folder} on this model: {reason}") from None
 
 

@@ -24,6 +24,11 @@ SHAPES = (
     'one), {"messages"}, or {"prompt", "choices", "answer"}, answer counting from 0'
 )
 MOST_NAMED = 5  # bad rows in one error
+UNREADABLE = {
+    json.JSONDecodeError: "is not JSON",
+    UnicodeError: "is not UTF-8",
+    RecursionError: "is nested too deeply",
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,12 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(parse(json.loads(line.decode("utf-8")), number))
-        except (ValueError, UnicodeDecodeError) as error:
-            what = "is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            bad.append((number, what))
+            data = json.loads(line.decode("utf-8"))
+            json.dumps(data, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+            rows.append(parse(data, number))
+        except (ValueError, RecursionError) as error:
+            what = next((said for kind, said in UNREADABLE.items() if isinstance(error, kind)), "")
+            bad.append((number, what or str(error)))
     if bad:
         named = "; ".join(f"line {number} {what}" for number, what in bad[:MOST_NAMED])
         more = f"; and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""

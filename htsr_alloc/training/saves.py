@@ -23,7 +23,7 @@ def is_whole(folder: Path) -> bool:
     try:
         listed = json.loads(files.read_bytes(folder / MARK))
         return bool(listed) and all(files.sha256(folder / n) == h for n, h in listed.items())
-    except (HtsrError, OSError, ValueError, AttributeError, TypeError):
+    except (HtsrError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
 
 

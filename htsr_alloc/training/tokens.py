@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.training.bounds import bounded
 from htsr_alloc.training.rows import Row
 
 IGNORED = -100  # the label of a token that is only read
@@ -158,9 +159,15 @@ def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, str]], row: Row, answ
             f"Line {row.line} is a conversation, and the tokenizer has no chat template.",
             "Write rows of prompt and completion.",
         )
-    return tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answering
-    )
+    import jinja2
+
+    with bounded("The chat template"):
+        try:
+            return tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answering
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise HtsrError(f"The chat template fails (line {row.line}): {error}.") from None
 
 
 class Collator:

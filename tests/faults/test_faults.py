@@ -1,7 +1,8 @@
 """The faults that other tests do not try; ``make faults`` tries all, and kills more often."""
 
 import pytest
-from helpers.fault_runs import FAULTS, Bench, kill_repeatedly
+from helpers.commands import apart
+from helpers.fault_runs import FAULTS, Bench
 
 ELSEWHERE = {  # in test_analysis.py
     "Ctrl-C",
@@ -23,10 +24,12 @@ def clean(bench):
         path.unlink()
 
 
-def test_kills_at_random_moments_lose_nothing(bench):
-    assert kill_repeatedly(bench, 6) >= 1
-    assert bench.killed == 6
-    assert bench.lost == 0
+@pytest.mark.parametrize("name", ["analyze", "fit"])  # the rest: test_distributed, test_study
+def test_kills_at_random_moments_lose_nothing(tmp_path, name):
+    found = apart("kills", name, 6, tmp_path)
+    assert found.pop("ended", 0) >= 1, found
+    assert found.pop("killed") == 6
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("name", sorted(set(FAULTS) - ELSEWHERE))

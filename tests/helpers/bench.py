@@ -36,7 +36,7 @@ class Bench:
         self.out, self.whole = folder / "out", folder / "whole"
         self.out.mkdir()
         self.whole.mkdir()
-        self.lost = self.tracebacks = self.killed = 0
+        self.lost = self.tracebacks = 0
         self.finish(self.whole)
 
     @property

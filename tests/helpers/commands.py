@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,20 @@ def environment(**changes: str) -> dict[str, str]:
         if not name.startswith(("HF_", "HTSR_", "HUGGING", "COLUMNS", "FORCE_COLOR", "NO_COLOR"))
     }
     return {**kept, "HF_HUB_OFFLINE": "1", **changes}
+
+
+def apart(what: str, *arguments: object) -> dict[str, Any]:
+    """What ``helpers.WHAT.main`` prints as JSON, run in a process of its own."""
+    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"from helpers.{what} import main; main()", *map(str, arguments)],
+        env=environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, paths))),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    last = (done.stdout.splitlines() or [""])[-1]
+    return json.loads(last) if last.startswith("{") else {"failed": done.stderr[-2000:]}
 
 
 def drop_the_right_to_ignore_permissions() -> None:

@@ -30,36 +30,6 @@ def fault(name: str) -> Callable[[Fault], Fault]:
     return add
 
 
-def kill_repeatedly(bench: Bench, kills: int) -> int:
-    """SIGKILL at random moments until ``kills`` have hit; how many analyses they went through.
-
-    Every other kill comes right after a matrix was journaled, the rest at any time from the start
-    of the process on. What is safe before a kill must be there after it.
-    """
-    bench.killed = analyses = 0
-    while bench.killed < kills:
-        process, safe = bench.start(), bench.finished()
-        if bench.killed % 2:
-            bench.wait_for(safe + bench.random.randint(1, 6), process)
-            time.sleep(bench.random.random() * 0.03)
-        else:
-            time.sleep(bench.random.random() * 3)
-        safe = bench.finished()
-        process.kill()
-        process.communicate()
-        bench.killed += process.returncode == -signal.SIGKILL
-        if (bench.out / "m.metrics.json").exists() and not bench.journal.exists():
-            analyses += 1
-            bench.check()
-        elif not (bench.out / "m.metrics.json").exists():
-            bench.lost += max(0, safe - bench.finished())
-    bench.finish()
-    for path in bench.out.glob(".*.tmp"):  # what a kill in the last write leaves
-        path.unlink()
-    bench.check()
-    return analyses + 1
-
-
 def interrupt(bench: Bench, number: signal.Signals, code: int, said: str) -> None:
     process = bench.start()
     bench.wait_for(bench.random.randint(2, 12), process)

@@ -1,6 +1,6 @@
 """``make faults``: every fault and every bad input, counted as they happen; 0 lost, 0 tracebacks.
 
-    PYTHONPATH=tests python -m helpers.faults_table [--kills 50] [--bits 20000] [--examples 1000]
+    PYTHONPATH=tests python -m helpers.faults_table [--kills 1000] [--examples 20000] [--jobs 2]
 
 Exit code 1 when anything was lost, ended in a traceback, or was not survived.
 """
@@ -13,19 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
-
 from helpers import bad_json  # noqa: F401 - adds to BAD
 from helpers.bad_inputs import BAD
-from helpers.commands import environment
-from helpers.fault_runs import FAULTS, Bench, kill_repeatedly
-from helpers.fuzz import targets
+from helpers.bench import Bench
+from helpers.commands import apart, environment
+from helpers.fault_runs import FAULTS
+from helpers.fuzz import LATE, SLOW, targets
 from helpers.hubs import (
     GAUNTLET,
     HOSTILE,
@@ -55,14 +54,20 @@ class Row:
         print(f"FAILED: {what}: {str(why)[:2000]}", file=sys.stderr)
 
 
-def kills(folder: Path, count: int) -> Row:
-    bench, row = Bench(folder), Row("SIGKILL at a random moment", tried=count)
-    try:
-        kill_repeatedly(bench, count)
-        row.good = bench.killed
-    except AssertionError as error:
-        row.failed(row.what, error)
-    row.lost, row.tracebacks = bench.lost, bench.tracebacks
+SHARES = {"analyze": 35, "fit": 25, "two ranks": 15, "train": 15, "study": 10}  # % of the kills
+
+
+def kills(folder: Path, name: str, count: int) -> Row:
+    row = Row(f"SIGKILL: {name}")
+    (folder / name).mkdir()
+    found = apart("kills", name, count, folder / name)
+    row.tried, row.lost = found.get("killed", 0), found.get("lost", 0) + found.get("wrong", 0)
+    row.tracebacks = found.get("tracebacks", 0)
+    bad = row.lost + row.tracebacks + found.get("hangs", 0) + bool(found["failed"])
+    row.good = row.tried - bad
+    if bad or row.tried < count:
+        row.good = min(row.good, row.tried - 1)
+        row.failed(row.what, found)
     return row
 
 
@@ -200,33 +205,22 @@ def commands(folder: Path, builds: dict[str, Any], code: int, what: str) -> Row:
     return row
 
 
-def counting(row: Row, function: Callable[[bytes], bool]) -> Callable[[bytes], None]:
-    def feed(data: bytes) -> None:
-        row.tried += 1
-        function(data)
-        row.good += 1
-
-    return feed
-
-
-def fuzzing(examples: int) -> Iterator[Row]:
-    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    for name, (strategy, function) in targets().items():
-        row = Row(f"fuzzed: {name}")
-        feed = given(strategy)(counting(row, function))
-        try:
-            settings(max_examples=examples, derandomize=True, **options)(feed)()
-        except Exception as error:
-            row.tracebacks += 1
-            row.failed(row.what, error)
-        yield row
+def fuzzing(name: str, examples: int) -> Row:
+    row, found = Row(f"fuzzed: {name}"), apart("mutator", name, examples)
+    row.tried = found.get("tried", 1)
+    row.good = row.tried - bool(found["failed"])
+    row.tracebacks = int(bool(found["failed"]))
+    if found["failed"]:
+        row.failed(row.what, found["failed"])
+    return row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--examples", type=int, default=1000, help="of each fuzzed reader")
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=20_000, help="of each fuzzed reader")
     parser.add_argument("--bits", type=int, default=20_000, help="flipped in a journal")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     asked, start = parser.parse_args(), time.monotonic()
     line = "{:34} {:>6} {:>9} {:>6} {:>11}"
 
@@ -242,15 +236,30 @@ def main() -> int:
         for folder in folders:
             folder.mkdir()
         print(line.format("faults", "tried", "survived", "lost", "tracebacks"))
-        faults = [show(kills(folders[0], asked.kills)), show(other_faults(folders[1]))]
-        faults.append(show(network_faults(folders[2])))
-        faults.append(show(flipped_bits(folders[5], asked.bits)))
-        print("\n" + line.format("bad inputs", "tried", "clear end", "", "tracebacks"))
-        inputs = [show(commands(folders[3], BAD, 1, "one sentence"))]
-        inputs.append(show(hostile_hubs(folders[6])))
-        odd = {name: build for name, (build, _) in ODD.items()}
-        inputs.append(show(commands(folders[4], odd, 0, "readable, marked")))
-        inputs += [show(row) for row in fuzzing(asked.examples)]
+        work: list[tuple[bool, Future[Row]]] = []
+        with ThreadPoolExecutor(asked.jobs) as pool:
+
+            def plan(is_fault: bool, make: Callable[..., Row], *arguments: Any) -> None:
+                work.append((is_fault, pool.submit(make, *arguments)))
+
+            # The longest first, so that no core waits at the end.
+            longest, *others = SHARES
+            plan(True, kills, folders[0], longest, asked.kills * SHARES[longest] // 100)
+            plan(True, flipped_bits, folders[5], asked.bits)
+            for name in (*targets(), *LATE):
+                plan(False, fuzzing, name, asked.examples // SLOW.get(name, 1))
+            for name in others:
+                plan(True, kills, folders[0], name, asked.kills * SHARES[name] // 100)
+            plan(True, other_faults, folders[1])
+            plan(True, network_faults, folders[2])
+            plan(False, commands, folders[3], BAD, 1, "one sentence")
+            plan(False, hostile_hubs, folders[6])
+            odd = {name: build for name, (build, _) in ODD.items()}
+            plan(False, commands, folders[4], odd, 0, "readable, marked")
+            for future in as_completed([future for _, future in work]):
+                show(future.result())
+        faults = [future.result() for is_fault, future in work if is_fault]
+        inputs = [future.result() for is_fault, future in work if not is_fault]
     rows = faults + inputs
     print(
         f"\n{sum(r.tried for r in faults)} faults tried, {sum(r.good for r in faults)} survived, "

@@ -207,4 +207,114 @@ def targets() -> dict[str, tuple[Any, Callable[[bytes], bool]]]:
             st.builds(journaled, changed(line) | any_bytes, st.booleans()) | any_bytes,
             journal,
         ),
+        "rows": (st.lists(line_of_rows(), min_size=1, max_size=3).map(b"\n".join), rows),
+        "study": (changed(json.dumps(STUDY)) | YAML.map(str.encode) | any_bytes, study),
+        "scores in JSON": (
+            changed(json.dumps(SCORES)) | as_bytes(JSON) | any_bytes,
+            scores(".json"),
+        ),
+        "scores in CSV": (table() | any_bytes, scores(".csv")),
     }
+
+
+STUDY = {
+    "model": "model",
+    "metrics": "m.json",
+    "results": "results.jsonl",
+    "experts": 6,
+    "seeds": [1, 2],
+    "recipe": {"steps": 3, "learning_rate": 0.01},
+    "tasks": {"words": {"train": "a.jsonl", "test": "b.jsonl", "test_rows": 20}},
+    "rows": [{"name": "uniform", "main": True}, {"name": "MoLA", "groups": "13", "beta": 2}],
+}
+MARKS = "a: ,- ,&x ,*x,<<: ,!!int ,!!float ,!!set ,!!python/name:os.system ,? ,[,],{,},\n,  ,1e5,"
+MARKS += ".nan,0x_,2001-99-99,',|\n,%,@,`,\\"
+YAML = st.lists(st.sampled_from(MARKS.split(",")), max_size=12).map("".join)
+SCORES = [{"layer": 0, "score": 1.5}, {"layer": 1, "score": 2}]
+ROWS = (
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "input": "b", "response": "c"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "choices": ["b", "c"], "answer": 1},
+)
+
+
+def line_of_rows() -> Any:
+    return st.sampled_from([json.dumps(row) for row in ROWS]).flatmap(changed) | st.binary(
+        max_size=60
+    )
+
+
+@st.composite
+def table(draw: Any) -> bytes:
+    """A CSV file of scores, or nearly."""
+    cell = st.sampled_from(["0", "1", "2.5", "layer", "score", "nan", "1e999", '"', "", "=1", "\r"])
+    rows = draw(st.lists(st.lists(cell, min_size=1, max_size=3), max_size=4))
+    head = draw(st.sampled_from([["layer", "score"], ["prefix", "score"], ["score"], []]))
+    return "\n".join(",".join(row) for row in ([head] if head else []) + rows).encode()
+
+
+def written(name: str, text: bytes, read: Callable[[Path], object]) -> bool:
+    """Whether what reads a file takes this text."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / name
+        path.write_bytes(text)
+        try:
+            read(path)
+        except HtsrError:
+            return False
+    return True
+
+
+def rows(text: bytes) -> bool:
+    from htsr_alloc.training.rows import read_rows
+
+    return written("rows.jsonl", text, read_rows)
+
+
+def study(text: bytes) -> bool:
+    from htsr_alloc.training.study.plan import read_study
+
+    return written("study.yaml", text, read_study)
+
+
+def scores(suffix: str) -> Callable[[bytes], bool]:
+    from htsr_alloc.allocation.scorefile import read_scores
+
+    return lambda text: written(f"scores{suffix}", text, read_scores)
+
+
+def adapters() -> tuple[Any, Callable[[bytes], bool]]:
+    """The configuration of a plain LoRA and of a LoRA-MoE, each opened on a tiny model."""
+    import atexit
+    import shutil
+
+    from helpers import moe_tiny
+    from htsr_alloc.allocation import allocate
+    from htsr_alloc.training.models import Adapter, open_adapter
+
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place)
+    texts = []
+    for system in ("lora", "alphalora"):
+        given = Adapter(system, r=2, target=("q_proj",))
+        made = given.put_on(moe_tiny.llama(), allocate(None, strategy="explicit", experts=(2, 2)))
+        made.save_pretrained(str(place / system))
+        texts.append((place / system / "adapter_config.json").read_text())
+
+    def read(text: bytes) -> bool:
+        system = "alphalora" if b"LORA_MOE" in text.upper() else "lora"
+        path = place / system / "adapter_config.json"
+        path.write_bytes(text)
+        try:
+            open_adapter(moe_tiny.llama(), path.parent)
+        except HtsrError:
+            return False
+        return True
+
+    strategies = [changed(text) for text in texts]
+    return strategies[0] | strategies[1] | st.binary(max_size=50), read
+
+
+LATE = {"adapter": adapters}  # made when asked for: it loads transformers
+SLOW = {"adapter": 40}  # a model is made for each input

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from htsr_alloc.allocation.exports.modules import Modules, refuse_modules
 from htsr_alloc.records import Allocation
 from htsr_alloc.records.lora import Lora
 
 
+def _text(name: str | None) -> str | None:
+    """A name, which is never a formula (=, +, -, @, or one of them behind a blank)."""
+    name = name and re.sub(r"[\r\n]", " ", name)  # a line of its own begins a cell
+    return f"'{name}" if name and name.lstrip().startswith(("=", "+", "-", "@")) else name
+
+
 def to_csv(allocation: Allocation, lora: Lora | None = None, modules: Modules | None = None) -> str:
     """One row a layer: layer, prefix, score, quota, experts (or rank), top_k.
 
     Where linears have counts of their own, one row a linear: layer, module, role and the same.
+    A name that a spreadsheet would compute as a formula gets an apostrophe before it.
     """
     refuse_modules("csv", modules)
     text = io.StringIO()
@@ -22,11 +30,13 @@ def to_csv(allocation: Allocation, lora: Lora | None = None, modules: Modules | 
     if allocation.modules:
         writer.writerow(["layer", "module", "role", "score", "quota", count, "top_k"])
         for m in allocation.modules:
-            writer.writerow([m.layer, m.name, m.role, m.score, m.quota, m.experts, m.top_k])
+            writer.writerow(
+                [m.layer, _text(m.name), _text(m.role), m.score, m.quota, m.experts, m.top_k]
+            )
         return text.getvalue()
     writer.writerow(["layer", "prefix", "score", "quota", count, "top_k"])
     for i, (experts, top_k) in enumerate(zip(allocation.experts, allocation.top_k, strict=True)):
         row = allocation.evidence[i] if allocation.evidence else None
-        known = [row.prefix, row.score, row.quota] if row else [None] * 3
+        known = [_text(row.prefix), row.score, row.quota] if row else [None] * 3
         writer.writerow([i, *known, experts, top_k])
     return text.getvalue()

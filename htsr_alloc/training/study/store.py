@@ -52,7 +52,7 @@ class Store:
             try:
                 cell = json.loads(line)
                 found[(cell["task"], cell["row"], cell["seed"])] = cell
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise HtsrError(f"{self.path.name}, line {number}: this is not a cell.") from None
         return found
 

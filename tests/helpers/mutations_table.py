@@ -1,0 +1,260 @@
+"""The guards, each with a change that removes it and the tests that must notice."""
+
+from __future__ import annotations
+
+from helpers.mutations import Mutation as M
+
+ANALYSIS, TRUST = "tests/analysis/test_analysis.py", "tests/training/test_trust.py"
+RECORDS, HOSTILE = "tests/records/test_records.py", "tests/checkpoints/test_hostile.py"
+KEPT, BOUNDS = "tests/faults/test_inputs_kept.py", "tests/faults/test_bounds.py"
+ESTIMATORS, RANGES = "tests/spectra/test_estimators.py", "tests/checkpoints/test_ranges.py"
+TABLE = (
+    # the numbers
+    M("alpha: 1 +", "spectra/estimators.py", "tail.alpha or 1 + k", "tail.alpha or k", ESTIMATORS),
+    M(
+        "alpha hat: the product",
+        "spectra/estimators.py",
+        "alpha * float(np.log10(lambda_max))",
+        "alpha + float(np.log10(lambda_max))",
+        ESTIMATORS,
+    ),
+    M(
+        "tail's height: 1 / k",
+        "spectra/estimators.py",
+        "- np.arange(k) / k)",
+        "- np.arange(k) / n)",
+        ESTIMATORS,
+    ),
+    M(
+        "zeros of a spectrum",
+        "spectra/spectrum.py",
+        "kept**2",
+        "kept",
+        "tests/spectra/test_spectrum.py",
+    ),
+    M(
+        "rounding: the first layer wins a tie",
+        "allocation/rounding.py",
+        "best = max(layers,",
+        "best = max(reversed(layers),",
+        "tests/allocation/test_allocation.py",
+    ),
+    M(
+        "spread of the quotas",
+        "allocation/quotas.py",
+        "math.log(spread) / widest",
+        "spread / widest",
+        "tests/allocation/test_scores.py -k spread",
+    ),
+    M("Wilson", "training/wilson.py", "room / 2)", "room)", "tests/training/test_evaluate.py"),
+    M(
+        "router gradient",
+        "lora_moe/passes.py",
+        "grad.detach() * now.share",
+        "grad.detach()",
+        "tests/lora_moe/test_balance.py",
+    ),
+    M(
+        "prompt mask",
+        "training/tokens.py",
+        "[IGNORED] * len(prompt[0]) + learnt",
+        "prompt[0] + learnt",
+        "tests/training/test_data.py",
+    ),
+    # what is computed is kept, and is this model's
+    M(
+        "journal: checksum",
+        "analysis/journal.py",
+        "if digest == _digest(header + text):",
+        "if True:",
+        ANALYSIS + " -k flipped",
+    ),
+    M(
+        "journal: eigenvalues",
+        "analysis/journal.py",
+        "return whole and all(",
+        "return True or all(",
+        ANALYSIS + " -k journal",
+    ),
+    M(
+        "journal: content",
+        "analysis/analyze.py",
+        "if digest.hexdigest() != entry.sha256:",
+        "if False:",
+        ANALYSIS + " -k equal_size",
+    ),
+    M(
+        "journal: inode",
+        "checkpoints/local.py",
+        'f"{status.st_dev}:{status.st_ino}"',
+        '""',
+        ANALYSIS + " -k equal_size",
+    ),
+    M(
+        "flat spectra",
+        "analysis/measure.py",
+        "if found.alpha is None or not is_flat(",
+        "if True or not is_flat(",
+        ANALYSIS + " -k flat",
+    ),
+    M("output: not an input", "files.py", "if path.samefile(source):", "if False:", KEPT),
+    M("input: a pipe", "files.py", "if path.is_fifo():", "if False:", KEPT + " -k pipe"),
+    # training
+    M(
+        "divergence",
+        "training/recipe.py",
+        "if lost or not all(",
+        "if False and not all(",
+        TRUST + " -k diverged",
+    ),
+    M(
+        "whole checkpoints",
+        "training/saves.py",
+        "files.sha256(folder / n) == h",
+        "(folder / n).exists()",
+        TRUST + " -k half",
+    ),
+    M(
+        "weights of the base",
+        "training/identity.py",
+        "was != weights_of(model)",
+        "False",
+        TRUST + " -k checked",
+    ),
+    M(
+        "fingerprint",
+        "training/study/plan.py",
+        '"train": content_of(task.train)',
+        '"train": None',
+        "tests/training/test_study.py -k fingerprint",
+    ),
+    M(
+        "callback order",
+        "watching/callback.py",
+        "callbacks.insert(0, self)",
+        "callbacks.append(self)",
+        "tests/watching/test_watch.py",
+    ),
+    M(
+        "rows: depth",
+        "training/rows.py",
+        "except (ValueError, RecursionError)",
+        "except ValueError",
+        KEPT,
+    ),
+    M(
+        "rows: surrogates",
+        "training/rows.py",
+        'json.dumps(data, ensure_ascii=False).encode("utf-8")',
+        "pass",
+        KEPT,
+    ),
+    M(
+        "bound on seconds",
+        "training/bounds.py",
+        "signal.setitimer(signal.ITIMER_REAL, seconds)",
+        "pass",
+        "-k stopped " + BOUNDS,
+    ),
+    M(
+        "regular expressions",
+        "training/bounds.py",
+        "except (re.error, RecursionError, OverflowError)",
+        "except OverflowError",
+        "-k no_regular " + BOUNDS,
+    ),
+    M(
+        "layers in a configuration",
+        "lora_moe/build.py",
+        "value > MAX_BLOCKS",
+        "value > 10**9",
+        "-k million " + BOUNDS,
+    ),
+    # files and the hub
+    M("duplicate keys", "files.py", "if len(record) != len(pairs):", "if False:", RECORDS),
+    M(
+        "unknown keys",
+        "records/convert.py",
+        "        msgspec.convert(data, strict(kind), dec_hook=hook)\n        return",
+        "        return",
+        RECORDS,
+    ),
+    M(
+        "shard's hash",
+        "checkpoints/shards.py",
+        "files.sha256(path) != file.sha256",
+        "False",
+        "tests/checkpoints/test_stream.py -k damaged",
+    ),
+    M(
+        "range answers: commit",
+        "checkpoints/ranges.py",
+        "if commit != file.commit or",
+        "if",
+        RANGES + " -k asked_for",
+    ),
+    M(
+        "range answers: place",
+        "checkpoints/ranges.py",
+        ' and found.startswith(f"bytes {span[0]}-")',
+        "",
+        RANGES + " -k asked_for",
+    ),
+    M(
+        "hub: commit",
+        "checkpoints/hub.py",
+        "COMMIT.fullmatch(commit) and",
+        "",
+        HOSTILE + " -k wrong",
+    ),
+    M(
+        "hub: hashes as names",
+        "checkpoints/hub.py",
+        "not HASH.fullmatch(str(known))",
+        "False",
+        HOSTILE + " -k wrong",
+    ),
+    M(
+        "hub: outside the cache",
+        "checkpoints/cache.py",
+        "if not target.is_relative_to(self.root.resolve()):",
+        "if False:",
+        HOSTILE + " -k links_out",
+    ),
+    # the screen, the page, the house
+    M(
+        "escaping",
+        "reports/html.py",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/reports/test_report.py",
+    ),
+    M(
+        "hidden characters",
+        "cli/screen.py",
+        '("Cc", "Cf", "Cs",',
+        '("Cc", "Cs",',
+        "tests/cli/test_screen.py",
+    ),
+    M(
+        "formulas in CSV",
+        "allocation/exports/table.py",
+        'if name and name.lstrip().startswith(("=", "+", "-", "@")) else',
+        "if False else",
+        KEPT + " -k csv",
+    ),
+    M(
+        "nearest name",
+        "cli/choices.py",
+        "if near else",
+        "if False else",
+        "tests/cli/test_help.py",
+    ),
+    M(
+        "imports go one way",
+        "allocation/quotas.py",
+        "from htsr_alloc.errors import HtsrError\n",
+        "from htsr_alloc.errors import HtsrError\nimport htsr_alloc.spectra.estimators\n",
+        "tests/test_house.py",
+    ),
+)
