@@ -63,9 +63,10 @@ def allocate(
         metrics = loads(Metrics, files.read_bytes(path), path.name)
     strategy, asked = request.strategy, request.budget
     budget = asked.params(metrics) if isinstance(asked, Share) else asked
+    metrics, signal = strategy.prepared(metrics, request.scores)
     prefixes = _prefixes(metrics, request)
     units = _units(metrics, prefixes, request, budget)
-    facts: dict[str, Any] = {"targets": request.targets or None}
+    facts: dict[str, Any] = {"targets": request.targets or None, "signal": signal}
     if request.scores is not None:
         values = request.scores.of(units, metrics)
         units = [replace(unit, score=v) for unit, v in zip(units, values, strict=True)]

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.cli.screen import Table, View, bar, duration, size
 from htsr_alloc.records import Module, as_json
+from htsr_alloc.records.facts import FOR_DECISIONS, NOISY
+
+APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in other words
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from htsr_alloc.checkpoints.listing import Transfer
     from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
-    from htsr_alloc.records import Allocation, Metrics
+    from htsr_alloc.records import Allocation, Metrics, Signal, Strategy
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
@@ -127,18 +130,39 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
     if result.strategy is not None:
         strategy = result.strategy
         fields = as_json(strategy).items()
-        given = {k: v for k, v in fields if v is not None and k not in ("name", "farms", "scores")}
+        given = {k: v for k, v in fields if v is not None and k not in APART}
         said = [f"{key} {_said(value)}" for key, value in given.items()]
         said += [f"scores {strategy.scores.file}"] if strategy.scores else []
         said += ["FARMS windows"] if strategy.farms else []
         line = f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
+        notes += _signal(strategy.signal)
+        notes += _recommended(strategy)
     if result.parameters is not None:
         money = result.parameters
         notes.append(
             f"{money.spent:,} of {money.asked:,} parameters at r = {money.r}, routers included"
         )
     return View(data, tables, notes)
+
+
+def _signal(signal: Signal | None) -> list[str]:
+    """How much of each role's spread is signal, and what follows."""
+    if signal is None:
+        return []
+    roles = [f"{x.role} {x.i2:.2f} ({x.i2_low:.2f}-{x.i2_high:.2f})" for x in signal.roles]
+    said = [f"I², the share of a role's spread that is signal (95 %): {', '.join(roles)}"]
+    return said + ([signal.uniform] if signal.uniform else [])
+
+
+def _recommended(strategy: Strategy) -> list[str]:
+    """Which estimator a decision should use, where this one only reproduces a paper."""
+    if strategy.estimator not in NOISY:
+        return []
+    return [
+        f"{strategy.estimator} reproduces a paper. For a decision use the smoother "
+        f"{FOR_DECISIONS}: htsr fit METRICS --estimator {FOR_DECISIONS}"
+    ]
 
 
 def _said(value: object) -> str:

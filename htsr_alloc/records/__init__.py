@@ -7,7 +7,15 @@ A version stays as long as a reader of that version cannot misread a file. Withi
 added that are left out at their default; a reader that does not know such a key refuses the file.
 """
 
-from htsr_alloc.records.decisions import Allocation, Evidence, Module, Parameters, Strategy
+from htsr_alloc.records.decisions import (
+    Allocation,
+    Evidence,
+    Module,
+    Parameters,
+    RoleSignal,
+    Signal,
+    Strategy,
+)
 from htsr_alloc.records.facts import (
     FAILED,
     MARKED,
@@ -41,7 +49,9 @@ __all__ = [
     "Model",
     "Module",
     "Parameters",
+    "RoleSignal",
     "Settings",
+    "Signal",
     "Skipped",
     "Strategy",
     "Tool",

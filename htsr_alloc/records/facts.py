@@ -28,6 +28,11 @@ MAX_BINS = 1_000_000  # of a histogram; there are never as many eigenvalues
 
 SHORT = 50  # eigenvalues in a tail; below, Hill's error alone is 14 % of alpha - 1
 
+# Estimators whose start is the histogram's peak, which noise of 1 % on the weights moves, and the
+# one that docs/ESTIMATORS.md recommends for a decision in their place.
+NOISY = ("official", "paper", "band")
+FOR_DECISIONS = "kde-mean"
+
 # Metadata of a field that was added within a version: it is written only where it is not at its
 # default, so that a file that does without it reads as before.
 ADDED = {"added": True}

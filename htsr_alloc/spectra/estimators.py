@@ -238,6 +238,9 @@ def _median(tails: _Tails) -> _Tail:
     return _Tail(middle, middle)
 
 
+# Those that look for the same place, the bulk's peak, so that their values are comparable.
+AT_PEAKS = ("official", "paper", "band", "kde", "kde-band", "kde-mean")
+
 ESTIMATORS: dict[str, Rule] = {
     "official": _official,
     "paper": lambda tails: _above(tails, tails.peak),
