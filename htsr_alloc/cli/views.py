@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.cli.screen import Table, View, bar, duration, size
 from htsr_alloc.records import Module, as_json
-from htsr_alloc.records.facts import FOR_DECISIONS, NOISY
+from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 
 APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in other words
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.records import Allocation, Metrics, Signal, Strategy
+    from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
@@ -99,6 +100,33 @@ def metrics(found: Metrics) -> View:
         [Table(columns, rows, left=["prefix", "note"])],
         [f"estimator: {found.settings.estimator}{farms}"],
     )
+
+
+def explanation(found: Sequence[LayerParts], estimator: str, layer: int | None) -> View:
+    """One layer's matrices, or each layer with the one that adds most; 80 columns."""
+    rows, notes = [], [f"estimator: {estimator}"]
+    for row in found:
+        for part in row.parts[: 1 if layer is None else None]:
+            own = [part.role[:20], _plus(part.alpha, part.se), part.k, f"{part.share:.0%}"]
+            cells = [*own, part.without, ", ".join(part.reasons)]
+            score = [_plus(row.score, row.se)] if layer is None else []
+            rows.append([row.layer, *score, *cells])
+        if layer is not None:
+            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}")
+    first = ["layer", "mean"] if layer is None else ["layer"]
+    columns = [*first, "role", "alpha ± se", "k", "share", "without", "note"]
+    notes.append(
+        "without: the layer's mean without that matrix; start: the choice of the tail's start "
+        f"decides its alpha; short: k < {SHORT}"
+    )
+    table = Table(columns, rows, left=["role", "note"])
+    return View({"estimator": estimator, "layers": [asdict(x) for x in found]}, [table], notes)
+
+
+def _plus(value: float | None, se: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ± {se:.2f}" if se is not None else "")
 
 
 def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
