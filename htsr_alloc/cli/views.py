@@ -98,8 +98,21 @@ def metrics(found: Metrics) -> View:
     return View(
         as_json(found),
         [Table(columns, rows, left=["prefix", "note"])],
-        [f"estimator: {found.settings.estimator}{farms}"],
+        [f"estimator: {found.settings.estimator}{farms}", *_doubtful(found)],
     )
+
+
+def _doubtful(found: Metrics) -> list[str]:
+    """One line of the matrices whose start jumps or whose tail is short, if any."""
+    total = len(found.matrices)
+    jumps = sum(matrix.start_jumps for matrix in found.matrices)
+    short = sum(matrix.short_tail for matrix in found.matrices)
+    if not jumps and not short:
+        return []
+    return [
+        f"of {total} matrices {jumps} depend most on where the tail starts, and {short} have a "
+        f"tail of fewer than {SHORT} eigenvalues: htsr explain shows which"
+    ]
 
 
 def explanation(found: Sequence[LayerParts], estimator: str, layer: int | None) -> View:

@@ -11,7 +11,10 @@ from helpers.records_made import made_metrics
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, loads
+from htsr_alloc.records.results import read_result
+from htsr_alloc.reports.cautions import cautions
 from htsr_alloc.reports.explain import explain
+from htsr_alloc.reports.plots.layers import mean_errors
 
 DATA = Path(__file__).parents[2] / "data" / "smollm2.metrics.json"
 
@@ -49,3 +52,23 @@ def test_it_is_one_screen_of_80_columns(invoke, more):
     found = json.loads(invoke("explain", DATA, *more, "--json").stdout)
     assert len(found["layers"]) == (1 if more else 30)
     assert invoke("explain", DATA, "--layer", 30).rc == 1
+
+
+def test_the_cautions_name_what_is_doubtful():
+    result = read_result(DATA)
+    metrics = result.record
+    found = {c.text.partition(":")[0]: c for c in cautions(result, metrics, ())}
+    jumps = [m for m in metrics.matrices if m.alpha_start_se > m.alpha_hill_se]
+    short = [m for m in metrics.matrices if m.k < 50]
+    (first,) = [c for text, c in found.items() if "where the tail starts" in text]
+    (second,) = [c for text, c in found.items() if "fewer than 50" in text]
+    assert len(first.items) == len(jumps) == 149  # as docs/ESTIMATORS.md says
+    assert f"k from {jumps[0].k_low} to {jumps[0].k_high}" in first.items[0]
+    assert len(second.items) == len(short) == 35
+    assert any("kde-mean" in c.text for c in found.values())
+
+
+def test_the_error_bars_are_those_of_the_means():
+    metrics = read_result(DATA).record
+    expected = [layer.se for layer in explain(metrics)]
+    assert mean_errors(metrics, "alpha_se") == pytest.approx(expected, rel=1e-12)
