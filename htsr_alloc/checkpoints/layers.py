@@ -28,12 +28,13 @@ STACK_WORDS = {
     "albert_layer_groups": "ALBERT",
 }
 
+STACKED_2D = r"experts\.mlp\.[wv]\d"
 # Tensors that are no weight matrix of a block, wherever they stand.
 SKIPPED_NAMES = (
     (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
     (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
     (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
-    (r"experts\.mlp\.[wv]\d", "DBRX stacks its experts in a 2-d tensor, which is not split"),
+    (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
 )
 # Tensors outside every block that deserve a better reason than that.
 SKIPPED_OUTSIDE = (
@@ -129,7 +130,7 @@ def map_layers(
     mixtures = {
         blocks[ref.name]
         for ref in tensors
-        if ref.name in blocks and EXPERT_WORD.search(ref.name) and _is_expert(ref)
+        if ref.name in blocks and is_mixture(ref.name, len(ref.shape))
     }
     skipped: dict[str, str] = {}
     kept: list[TensorRef] = []
@@ -213,9 +214,9 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         if name.endswith("weight" + suffix):
             return f"scale of {name.removesuffix(suffix)}"
     base = re.sub(r"[._]weight$", "", name)
-    for pattern, reason in SKIPPED_NAMES:
-        if _names(pattern, base):
-            return reason
+    named = skipped_by_name(base)
+    if named is not None:
+        return named
     if place is None:
         for pattern, reason in SKIPPED_OUTSIDE:
             if _names(pattern, base):
@@ -234,15 +235,34 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return "3-d, and not a stack of experts (convolution?)"
     if dims == 3 and 0 in ref.shape:
         return "empty"
-    if mixture and re.search(rf"\.{ROUTER_NAMES}$", base) and "expert" not in base.split(".")[-2]:
+    if mixture and is_router(base):
         return "router"
     if dims == 2 and not name.endswith("weight"):
         return "2-d, but not named a weight"
     return None
 
 
-def _is_expert(ref: TensorRef) -> bool:
-    return len(ref.shape) == 3 or _expert_position(ref.name) is not None
+def skipped_by_name(module: str) -> str | None:
+    """Why a module of this full name has no weight matrix of a block, wherever it stands."""
+    found = (reason for pattern, reason in SKIPPED_NAMES if _names(pattern, module))
+    return next(found, None)
+
+
+def is_mixture(name: str, dims: int) -> bool:
+    """Whether a tensor of this full name and number of dimensions belongs to experts."""
+    stacked = dims == 3 or is_numbered_expert(name) or _names(STACKED_2D, name)
+    return EXPERT_WORD.search(name) is not None and stacked
+
+
+def is_router(module: str) -> bool:
+    """Whether a module of a block that has experts is their router, or a gate, by its full name."""
+    named = re.search(rf"\.{ROUTER_NAMES}$", module) is not None
+    return named and "expert" not in module.split(".")[-2]
+
+
+def is_numbered_expert(module: str) -> bool:
+    """Whether a module is one of a mixture's experts, or a part of one, by its full name."""
+    return _expert_position(module) is not None
 
 
 def _names(pattern: str, base: str) -> bool:

@@ -27,8 +27,8 @@ def train(
     system: Annotated[
         str, "LoRA-MoE system to train; lora is plain LoRA of the same ranks.", TRAINED_SYSTEM
     ] = "alphalora",
-    r: LoraR = Lora.r,
-    lora_alpha: LoraAlpha = Lora.lora_alpha,
+    r: LoraR = None,
+    lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = Lora.lora_dropout,
     target: Target = None,
     max_length: Annotated[int, "Most tokens of a row; longer prompts are cut."] = 512,
@@ -54,17 +54,20 @@ def train(
         torchrun --nproc-per-node 2 -m htsr_alloc train model.allocation.json --model model --data train.jsonl
     """  # noqa: E501
     check_installed()
+    from htsr_alloc.lora_moe.build import load
     from htsr_alloc.training import models
     from htsr_alloc.training import run as running
 
     models.silence()
+    loaded = None if allocation is None else load(allocation)
+    lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target or ())
     asked = running.Run(
         model,
         data,
         output,
         allocation,
         validation,
-        models.Adapter(system, r, lora_alpha, lora_dropout, tuple(target or ())),
+        models.Adapter(system, lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules),
         recipe,
         max_length,
         chat,

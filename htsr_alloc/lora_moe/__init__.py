@@ -23,6 +23,7 @@ from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.model import LoraMoeModel
 from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
 from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin, activation_parameters
+from htsr_alloc.lora_moe.systems.em_lora.figure import plot_activations
 from htsr_alloc.lora_moe.systems.em_lora.generation import after_prompt
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "after_prompt",
     "build",
     "collapse",
+    "plot_activations",
     "plot_routing",
     "router_aux_loss",
     "routing_report",

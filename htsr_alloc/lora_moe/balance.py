@@ -36,6 +36,21 @@ def load_balance(probs: Tensor, chosen: Tensor, mask: Tensor | None, k: float) -
     return probs.shape[-1] * (f / k * p).sum()
 
 
+@torch.library.custom_op("htsr_alloc::in_backward", mutates_args=())
+def _in_backward(scale: Tensor, grad: Tensor) -> Tensor:
+    """The scale as it is when ``grad`` is there.
+
+    A compiler moves into the forward pass what does not depend on backward's gradients, where the
+    scale is not known yet.
+    """
+    return scale.clone()
+
+
+@_in_backward.register_fake
+def _(scale: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(scale)
+
+
 class _Inject(torch.autograd.Function):
     """Identity on the carrier; gives the loss the gradient ``scale`` in backward."""
 
@@ -48,6 +63,8 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (scale,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            scale = _in_backward(scale, grads[0])
         dtype, device = ctx.like
         return grads[0], scale.to(device=device, dtype=dtype), None
 

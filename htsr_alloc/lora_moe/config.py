@@ -15,7 +15,7 @@ from htsr_alloc.lora_moe.register import LORA_MOE
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, system_of
 from htsr_alloc.lora_moe.systems.base import choose, positive
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that can be read
 
 
 @dataclass
@@ -33,7 +33,8 @@ class LoraMoeConfig(PeftConfig):
         expert_pattern: N by layer ("model.layers.3", "layers.3") or module ("q_proj", a full
             name), each a regular expression for whole name parts. A full module name wins over
             the rest; two others that disagree on a module are refused. 0 means no adapter.
-        top_k: experts a token uses; min(top_k, N) where a module has fewer.
+        top_k: experts a token uses; min(top_k, N) where a module has fewer. For EM-LoRA the linears
+            of a layer that a prompt uses. Default 2; EM-LoRA 1.
         top_k_pattern: top_k by layer or module, as expert_pattern; more than N is refused.
         system: a name in ``systems.SYSTEMS``; alphalora is MoLA too.
         router_aux_loss_coef: weight of the balance loss; default the system's ``balance_coef``.
@@ -42,11 +43,14 @@ class LoraMoeConfig(PeftConfig):
             all modules (GOAT), "mean" averages them.
         init_lora_weights: True for kaiming(a=√5), "gaussian" for normal of deviation 1/r.
         goat_segment: O, P, M or R: which singular directions the experts get.
-        goat_rho: ρ of GOAT's eq. 10.
+        goat_rho: ρ of GOAT's eq. 19.
         goat_eta: η of its scale √(3 d_in η / r).
         goat_scale: "theorem" for that scale, "alpha" for lora_alpha / r as the released scripts.
         em_pooler: attention, mean, max or last: how EM-LoRA's router reads a prompt.
         em_weighting: "prob" or "straight_through", what multiplies the chosen expert.
+        em_activation: "rational" (learnable, started at GeLU), "gelu" or "relu": g of EM-LoRA's
+            routers; several, as "gelu,relu", are for equal parts of the depth. "rational_unlimited"
+            is eq. 6 beyond ±12 too, as adapters of format version 1 have it.
         em_dora: EM-DoRA, the experts being DoRA.
         modules_to_save: trained and saved whole, as a classification head.
         check_base: refuse to load on a base whose weights differ from the ones trained on.
@@ -64,7 +68,7 @@ class LoraMoeConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     num_experts: int = 8
     expert_pattern: dict[str, int] = field(default_factory=dict)
-    top_k: int = 2
+    top_k: int | None = None
     top_k_pattern: dict[str, int] = field(default_factory=dict)
     system: str = DEFAULT
     router_aux_loss_coef: float | None = None
@@ -76,11 +80,12 @@ class LoraMoeConfig(PeftConfig):
     goat_scale: str = "theorem"
     em_pooler: str = "attention"
     em_weighting: str = "prob"
+    em_activation: str = "rational"
     em_dora: bool = False
     modules_to_save: list[str] | None = None
     check_base: bool = True
     base_probe: dict[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +94,11 @@ class LoraMoeConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        system_of(self.system)
+        system = system_of(self.system)
+        if self.top_k is None:
+            self.top_k = system.top_k
+        if self.format_version is None:
+            self.format_version = system.format_version
         choose(self, "router_aux_loss_reduction", REDUCTIONS)
         choose(self, "init_lora_weights", (True, "gaussian"))
         positive(self, "lora_alpha")
@@ -135,6 +144,7 @@ class LoraMoeConfig(PeftConfig):
                 f"top_k_pattern asks for {asked} of {experts} experts on {module}.",
                 "Lower it, or use top_k, which is cut to what a module has.",
             )
+        assert self.top_k is not None  # __post_init__
         return min(self.top_k, experts) if asked is None else asked
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -148,7 +158,8 @@ class LoraMoeConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse an adapter of a newer format before any of it is read."""
+        """Refuse an adapter of a newer format before any of it is read; read an older one as it
+        was meant."""
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise HtsrError(
@@ -156,6 +167,9 @@ class LoraMoeConfig(PeftConfig):
                 f"({FORMAT_VERSION}).",
                 "Upgrade htsr_alloc.",
             )
+        system = system_of(kwargs.get("system", DEFAULT))
+        if version < system.format_version:
+            kwargs = {**kwargs, **system.before, "format_version": system.format_version}
         return super().check_kwargs(**kwargs)
 
 

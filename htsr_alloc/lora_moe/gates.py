@@ -58,7 +58,7 @@ def router_logits(x: Tensor, router: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def top_k_softmax(logits: Tensor, k: int) -> Routing:
-    """The k largest of p, renormalised to sum to 1 (MoLA, arXiv 2402.08562, eq. 3; GOAT eq. 6).
+    """The k largest of p, renormalised to sum to 1 (MoLA, arXiv 2402.08562, eq. 3; GOAT eq. 10).
 
     p_i / Σ_chosen p is the softmax over the chosen logits alone, and is computed so. With k = N
     this is the dense softmax. Ties go to one expert, never to more than k.
@@ -89,17 +89,18 @@ def threshold(logits: Tensor, tau_logit: Tensor) -> Routing:
     return Routing(weights, logits, logits.masked_fill(above == 0, -math.inf))
 
 
-def top_1(logits: Tensor, weighting: str) -> Routing:
-    """EM-LoRA's choice of one expert a prompt.
+def top_k_unnormalised(logits: Tensor, weighting: str, k: int) -> Routing:
+    """EM-LoRA's choice of k experts for a prompt.
 
     Args:
         logits: (B, N).
-        weighting: "prob" weights the chosen expert by its p_j, since a renormalised top-1 gate
+        weighting: "prob" weights each chosen expert by its p_j, since a renormalised top-1 gate
             is the constant 1 and would leave the router without a gradient;
             "straight_through" weights it by 1 and passes p_j's gradient.
     """
     probs = logits.softmax(-1)
-    chosen = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
+    index = probs.topk(min(k, probs.shape[-1]), dim=-1).indices  # (B, k)
+    chosen = torch.zeros_like(probs).scatter(-1, index, 1.0)
     weights = probs * chosen
     if weighting == "straight_through":
         weights = chosen + (weights - weights.detach())

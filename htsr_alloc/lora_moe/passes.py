@@ -68,6 +68,7 @@ class PassHooks:
         """The call's arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
+    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open a pass with this call's token masks."""
         given = self.arguments(args, kwargs)
@@ -80,7 +81,12 @@ class PassHooks:
                 masks[name] = mask
         device = next(model.parameters()).device
         before = self.state.current
-        self.state.current = now = Pass(masks, device)
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+        tokens = next((given[name] for name in names if given.get(name) is not None), None)
+        batch = None if tokens is None or tokens.dim() < 2 else (tokens.shape[0], tokens.shape[1])
+        if self.state.tenants is not None and batch is not None:
+            self.state.tenants.check(batch[0])
+        self.state.current = now = Pass(masks, device, batch)
         for hook in self.state.before_pass:
             hook(given, now, before)
         labels, items = given.get("labels"), given.get("num_items_in_batch")
@@ -90,6 +96,7 @@ class PassHooks:
                 labels = given.get("shift_labels", labels[..., 1:])
             now.share = (labels != -100).sum() / items
 
+    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Mark the outputs; add up the pass's balance loss."""
         if not model.training:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.linears import widths
+from htsr_alloc.lora_moe.linears import left_out, widths
 from htsr_alloc.records import Allocation, Evidence
 
 
@@ -102,7 +103,8 @@ def resolve_modules(
     Where the allocation lists linears (by the model's own names), no other is adapted.
 
     Args:
-        targets: ends of names. usual: last parts of names, where ``targets`` is None; empty: all.
+        targets: ends of names. usual: last parts of names, where ``targets`` is None; empty: all
+            but those that ``linears.left_out`` names.
 
     Raises:
         HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
@@ -120,10 +122,14 @@ def resolve_modules(
                 f"The allocation lists {name}, which is not a linear of the model.",
                 "Give the model that the allocation was made for.",
             )
+    avoided = left_out(model) if targets is None else {}
+    for name in listed:
+        if name in avoided and listed[name]:
+            warnings.warn(f"{name} gets no experts: {avoided[name]}.", stacklevel=2)
     chosen: dict[str, list[str]] = {}
     unused = set(targets or ())
     for prefix, experts in zip(prefixes, allocation.experts, strict=True):
-        inside = [name for name in linears if name.startswith(prefix + ".")]
+        inside = [n for n in linears if n.startswith(prefix + ".") and n not in avoided]
         if listed:
             inside = [name for name in inside if name in listed]
         elif targets is None and usual:

@@ -8,6 +8,8 @@ added that are left out at their default; a reader that does not know such a key
 """
 
 from htsr_alloc.records.decisions import (
+    EXPERTS,
+    RANKS,
     Allocation,
     Evidence,
     Module,
@@ -35,10 +37,12 @@ from htsr_alloc.records.facts import (
 from htsr_alloc.records.json import as_json, dumps, loads
 
 __all__ = [
+    "EXPERTS",
     "FAILED",
     "MARKED",
     "METRICS",
     "OK",
+    "RANKS",
     "Allocation",
     "Evidence",
     "Farms",

@@ -17,7 +17,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import load
 from htsr_alloc.training import figure, models, saves, tokens
 from htsr_alloc.training.identity import RUN, content_of, weights_of
-from htsr_alloc.training.recipe import CHECKPOINTS, Recipe, make_trainer
+from htsr_alloc.training.recipe import Recipe, make_trainer
 from htsr_alloc.training.rows import read_rows
 
 PICTURE = "training.png"
@@ -158,7 +158,10 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
     path = run.output / RUN
     if not path.is_file():
         return None
+    checkpoint, broken = saves.newest_whole(run.output / saves.CHECKPOINTS)
     if not resume:
+        if checkpoint is None and not (run.output / "adapter_config.json").is_file():
+            return None  # it was stopped before it had saved anything
         raise HtsrError(
             f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
         )
@@ -171,7 +174,6 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
             f"{now[changed[0]]}.",
             "Give the same settings, or another folder with -o.",
         )
-    checkpoint, broken = saves.newest_whole(run.output / CHECKPOINTS)
     if broken and is_first():
         note(f"{', '.join(path.name for path in broken)}: not whole, so not used")
     return checkpoint

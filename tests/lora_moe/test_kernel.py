@@ -103,19 +103,22 @@ def test_dora(dtype):
     agree(ours, torch.stack([x @ row for row in rows], 1), (x, a, b, m), dtype)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, 9])
 @pytest.mark.parametrize("weighting", ["prob", "straight_through"])
-def test_top_1(weighting):
+def test_top_k_unnormalised(weighting, k):
     (logits,) = tensors(torch.float64, (3, 5))
-    routing = gates.top_1(logits, weighting)
+    routing = gates.top_k_unnormalised(logits, weighting, k)
+    best = []
     for row, weights in zip(logits, routing.weights, strict=True):
         p = naive.softmax(row)
-        best = int(p.argmax())
-        want = p[best] if weighting == "prob" else torch.ones(())
-        assert float(weights[best].detach()) == pytest.approx(float(want.detach()), abs=1e-12)
-        assert int((weights != 0).sum()) == 1
+        chosen = sorted(range(5), key=lambda i: -float(p[i].detach()))[:k]
+        best.append(sum(p[i] for i in chosen))
+        for i in range(5):
+            want = 0.0 if i not in chosen else float(p[i].detach()) if weighting == "prob" else 1.0
+            assert float(weights[i].detach()) == pytest.approx(want, abs=1e-12)
     # Both give the router p's gradient.
     grad = torch.autograd.grad(routing.weights.sum(), logits)[0]
-    want = torch.autograd.grad(sum(naive.softmax(row).max() for row in logits), logits)[0]
+    want = torch.autograd.grad(sum(best), logits)[0]
     assert torch.allclose(grad, want, atol=1e-12)
 
 
@@ -144,7 +147,14 @@ def test_gradcheck(system):
 
 @pytest.mark.parametrize("how", ["last", "mean", "max", "attention"])
 def test_gradcheck_of_a_prompt_chosen_expert(how):
-    from htsr_alloc.lora_moe.systems.em_lora import prompt
+    from htsr_alloc.lora_moe.systems.em_lora import activation, prompt
+
+    start = [
+        torch.tensor(c, dtype=torch.float64) for c in (activation.NUMERATOR, activation.DENOMINATOR)
+    ]
+
+    def g(x):
+        return activation.rational(x, *start)
 
     hidden, a, b, router, vector, magnitude = tensors(
         torch.float64, (2, 4, D_IN), (R, D_IN), (D_OUT, R), (N, D_IN), (D_IN,), (D_OUT,)
@@ -155,8 +165,7 @@ def test_gradcheck_of_a_prompt_chosen_expert(how):
 
     def layer(hidden, a, b, router, vector, magnitude):
         pooled = prompt.pool(hidden, mask, how, vector)
-        start = [torch.tensor(c, dtype=torch.float64) for c in prompt.gelu_start()]
-        gate = prompt.decide(pooled, router, *start, "prob").weights[:, 1].view(-1, 1, 1)
+        gate = prompt.decide(pooled, router, g, "prob", 1).weights[:, 1].view(-1, 1, 1)
         plain = experts.add_product(hidden @ weight.T, hidden @ a.T * gate, b, 2.0)
         dora = experts.dora_delta(hidden @ weight.T, hidden @ a.T @ b.T, magnitude, norm)
         return plain, gate * dora

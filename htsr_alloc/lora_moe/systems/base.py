@@ -24,12 +24,14 @@ class Inputs(NamedTuple):
         own: x in the adapter's dtype; under autocast x itself.
         dropped: ``own`` after the adapter's dropout.
         base: (..., d_out), W₀x.
+        rows: which rows of the batch these are; None: all.
     """
 
     x: Tensor
     own: Tensor
     dropped: Tensor
     base: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ class System:
     Attributes:
         title: the name that its paper gives it. reference: the paper, and its equations.
         trained, frozen: its parameters, ``lora_moe_<name>`` in a file.
-        has_top_k: whether a setting says how many experts a token uses.
+        has_top_k: whether a setting says how many experts a token uses. top_k: its default.
         balance_coef: default weight of the balance loss; 0 where there is none.
         takes_allocation: whether an allocation of experts applies to it.
         targets: last parts of the names of the linears it adapts by default; empty: every linear.
         budget_knob: what a study changes to meet a budget of parameters.
         budget_experts: experts of each layer while the rank is changed; None: as allocated.
         bilevel: whether some of its parameters learn from validation rows.
+        format_version: of its files. before: settings that files of an older version mean without
+            saying so.
     """
 
     name: ClassVar[str]
@@ -74,12 +78,15 @@ class System:
     trained: ClassVar[tuple[str, ...]] = ("A", "B", "router")
     frozen: ClassVar[tuple[str, ...]] = ()
     has_top_k: ClassVar[bool] = True
+    top_k: ClassVar[int] = 2
     balance_coef: ClassVar[float] = 1e-3
     takes_allocation: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ()
     budget_knob: ClassVar[Literal["experts", "rank"] | None] = None
     budget_experts: ClassVar[int | None] = None
     bilevel: ClassVar[bool] = False
+    format_version: ClassVar[int] = 1
+    before: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, config: Any) -> None:
         """Refuse settings that contradict each other or are out of range.
@@ -152,6 +159,10 @@ class System:
         else:
             hidden, logits = F.linear(given.dropped, a), gates.router_logits(given.x, router)
         return hidden, layer.balanced(self.gate(layer, adapter, logits, given.x), adapter)
+
+    def idle(self, layer: Any, adapter: str) -> bool:
+        """Whether ``delta`` would add nothing to any token of this pass."""
+        return False
 
     def delta(self, layer: Any, adapter: str, result: Tensor, given: Inputs) -> Tensor:
         """``result`` plus Δ(x). (..., d_out)."""

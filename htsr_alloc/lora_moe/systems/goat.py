@@ -85,10 +85,10 @@ def goat_start(
     plus: bool = False,
     generator: torch.Generator | None = None,
 ) -> GoatStart:
-    """GOAT's A and B from the weight's own SVD (arXiv 2502.16894, eq. 9-10 and 19).
+    """GOAT's A and B from the weight's own SVD (arXiv 2502.16894, eq. 13, 14 and 19).
 
     W₀ = UΣVᵀ; with the segment of expert j, B_j = U Σ^½ / √(sρ) and A_j = Σ^½ Vᵀ / √(sρ). The
-    residual W_res = (s/E) Σ B_j A_j makes W₀ − W_res plus the experts equal W₀ in expectation
+    residual W_res = (1/E) Σ s_j B_j A_j makes W₀ − W_res plus the experts equal W₀ in expectation
     over routers (theorem 3.4), because the mean gate is 1/E (lemma 3.3).
 
     The lemma also gives the gate's variance as (E − k) / (k E²). Its proof takes the chosen
@@ -96,8 +96,9 @@ def goat_start(
 
     Args:
         weight: (d_out, d_in), floating; decomposed in float32 or better on its own device.
-        plus: GOAT+ (appendix D): s_i = s_1 √(σ_1 / σ_i), σ_i the sum of segment i's singular
-            values; everything else as above with s_i.
+        scale: s, and s_1 of GOAT+.
+        plus: GOAT+ (eq. 83): s_i = s_1 √(σ_1 / σ_i), σ_i the sum of segment i's singular values.
+            A and B start with the one s = s_1, so that s_i² ‖A_i‖² is the same for every expert.
 
     Raises:
         HtsrError: the segments do not fit, or the weight holds NaN or infinity.
@@ -117,7 +118,7 @@ def goat_start(
         if not bool((mass > 0).all()):
             raise HtsrError("A segment's singular values are all zero; GOAT+ divides by them.")
         scales = scales * (mass[0] / mass).sqrt()
-    root = (values / (scales.unsqueeze(1) * rho)).sqrt()  # Σ^½ / √(sρ), (E, d)
+    root = (values / (scale * rho)).sqrt()  # Σ^½ / √(sρ), (E, d)
     return GoatStart(
         a=(root.unsqueeze(-1) * vt[index]).flatten(0, 1),
         b=u[:, index.flatten()] * root.flatten(),
@@ -134,7 +135,7 @@ class Goat(System):
 
     name = "goat"
     title = "GOAT"
-    reference = "arXiv 2502.16894, eq. 6, 9, 10 and 19"
+    reference = "arXiv 2502.16894, eq. 10, 13-15 and 19"
     frozen = ("res_A", "res_B")
     plus = False
 

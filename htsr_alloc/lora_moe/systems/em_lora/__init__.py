@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from htsr_alloc.lora_moe import experts
 from htsr_alloc.lora_moe.linears import base_weight, is_plain
 from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System, choose
 from htsr_alloc.lora_moe.systems.em_lora import prompt, routers
+from htsr_alloc.lora_moe.systems.em_lora.activation import ACTIVATIONS, names_in
 
 
 class EmLora(System):
@@ -23,7 +26,9 @@ class EmLora(System):
     title = "EM-LoRA"
     reference = "Efficient Mixture of Low-Rank Adaptation"
     trained = (*System.trained, "magnitude", "pool", "numerator", "denominator")
-    has_top_k = False
+    top_k = 1
+    format_version = 2
+    before = MappingProxyType({"top_k": 1, "em_activation": "rational_unlimited"})
     balance_coef = 1e-2
     takes_allocation = False
     budget_knob = "rank"
@@ -34,6 +39,18 @@ class EmLora(System):
         super().check(config)
         choose(config, "em_pooler", prompt.POOLERS)
         choose(config, "em_weighting", prompt.WEIGHTINGS)
+        for name in names_in(config.em_activation):
+            if name not in ACTIVATIONS:
+                raise HtsrError(
+                    f"em_activation cannot be {name!r}.",
+                    f"Choose from {', '.join(ACTIVATIONS)}; several with commas between are for "
+                    "equal parts of the depth.",
+                )
+        if config.system == self.name and config.top_k_pattern:
+            raise HtsrError(
+                "EM-LoRA's top_k counts linears of a layer, and top_k_pattern experts of a linear.",
+                "Remove top_k_pattern.",
+            )
         if config.em_dora and config.system != self.name:
             raise HtsrError("em_dora is EM-LoRA's variant.", "Set system='em_lora'.")
 
@@ -67,26 +84,52 @@ class EmLora(System):
         """A router before each transformer layer."""
         routers.attach(model, layers, adapter, config, state)
 
+    def idle(self, layer: Any, adapter: str) -> bool:
+        """Whether no row of the batch chose this linear, as far as is known without waiting."""
+        block, index = layer.place[adapter]
+        used = layer.state.current.decisions.used.get((block, adapter))
+        return used is not None and not used[index] and not torch.compiler.is_compiling()
+
     def delta(self, layer: Any, adapter: str, result: Tensor, given: Inputs) -> Tensor:
-        """This linear's expert, weighted by its layer's router. (B, S, d_out)."""
+        """This linear's expert, weighted by its layer's router. (B, ..., d_out) or (B S, d_out)."""
         how, a, b = layer.mixture[adapter], layer.lora_moe_A[adapter], layer.lora_moe_B[adapter]
         hidden = F.linear(given.dropped, a)
         block, index = layer.place[adapter]
         routing = layer.state.current.decisions.get((block, adapter))
-        if routing is None or hidden.dim() != 3 or len(hidden) != len(routing.weights):
+        length = layer.state.block_routers[block].shape[1]
+        gate = None if routing is None else routing.weights[:, index].to(hidden.dtype)  # (B,)
+        if gate is not None and given.rows is not None:
+            gate = gate[given.rows]
+        if gate is not None and hidden.dim() > 2 and len(hidden) == len(gate):
+            gate = gate.view(-1, *[1] * (hidden.dim() - 1))
+        elif gate is not None and hidden.dim() == 2 and len(hidden) == len(gate) * length:
+            # OPT's feed-forward reads the tokens of all rows in a line.
+            gate = gate.repeat_interleave(length).unsqueeze(-1)
+        else:
             raise HtsrError(
                 f"{layer.name} was called without its layer's router or its (batch, token) shape.",
-                "EM-LoRA needs the whole model.",
+                "EM-LoRA needs the whole model, and linears that see all tokens.",
             )
-        gate = routing.weights[:, index].to(hidden.dtype).view(-1, 1, 1)
         if not how.config.em_dora:
             return experts.add_product(result, hidden * gate, b, how.scale)
         low_rank = F.linear(hidden, b) * how.scale
         bias = getattr(layer.base_layer, "bias", None)
         clean = (given.base if bias is None else given.base - bias).to(low_rank.dtype)
-        norm = experts.row_norm(base_weight(layer.base_layer), a, b, how.scale)
         magnitude = layer.lora_moe_magnitude[adapter]
-        return result + gate * experts.dora_delta(clean, low_rank, magnitude, norm)
+        return result + gate * experts.dora_delta(
+            clean, low_rank, magnitude, self._norm(layer, adapter)
+        )
+
+    def _norm(self, layer: Any, adapter: str) -> Tensor:
+        """DoRA's row norms, (d_out,); computed once for the passes after a prompt's."""
+        kept = layer.state.current.decisions.kept
+        if (layer.name, adapter) in kept:
+            return kept[layer.name, adapter]
+        a, b = layer.lora_moe_A[adapter], layer.lora_moe_B[adapter]
+        norm = experts.row_norm(base_weight(layer.base_layer), a, b, layer.mixture[adapter].scale)
+        if layer.state.current.prompt is None and not torch.compiler.is_compiling():
+            kept[layer.name, adapter] = norm
+        return norm
 
     def products(self, layer: Any, adapter: str) -> Iterator[Product]:
         """As ``base``'s; DoRA's weight is not a sum."""

@@ -32,11 +32,16 @@ def read_prompt(
     Raises:
         HtsrError: the pass has a part of a prompt, several prompts in a row, or none.
     """
-    tokens = given.get("input_ids")
-    tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens  # (B, S)
     if generation is not None and generation.decisions is not None:
         now.decisions = generation.decisions
+        now.decisions.settle()
         return
+    tokens, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if tokens is None and embeds is None:
+        raise HtsrError(
+            "EM-LoRA routes by a prompt, and the model got neither input_ids nor inputs_embeds."
+        )
+    tokens = embeds[..., 0] if tokens is None else tokens  # (B, S)
     past = given.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
         if generation is not None or tokens.shape[1] > 1:
@@ -47,6 +52,7 @@ def read_prompt(
                 "several inside after_prompt(model).",
             )
         now.decisions = before.decisions
+        now.decisions.settle()
         return
     if isinstance(mask, Tensor) and mask.shape != tokens.shape:
         raise HtsrError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from htsr_alloc.lora_moe.gates import Routing
 from htsr_alloc.lora_moe.linears import block_of
 from htsr_alloc.lora_moe.state import ENCODER, STATE, Generation, Pass, RouterState
 from htsr_alloc.lora_moe.systems.em_lora import prompt
+from htsr_alloc.lora_moe.systems.em_lora.activation import Activation, at_depth
 from htsr_alloc.lora_moe.systems.em_lora.generation import prompt_length, read_prompt
 
 
@@ -24,10 +26,11 @@ def attach(
 ) -> None:
     """Give every block a router over its adapted linears, held by the first of them.
 
-    Parameters: router (N, d), pool (d,) for attention pooling, numerator (7,), denominator (5,).
+    Parameters: router (N, d), pool (d,) for attention pooling, and the activation's.
 
     Raises:
-        HtsrError: an encoder-decoder model, which has no single prompt.
+        HtsrError: an encoder-decoder model, which has no single prompt; a linear that is in no
+            layer, or does not see all tokens.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HtsrError("EM-LoRA routes by the prompt of a decoder-only model.")
@@ -36,30 +39,49 @@ def attach(
         state.handles.append(_Generators(model))
     blocks: dict[str, list[Any]] = {}
     for name, layer in layers.items():
+        _refuse(name, block_of(name))
         blocks.setdefault(block_of(name), []).append(layer)
     for key, inside in blocks.items():
         for index, layer in enumerate(inside):
             layer.place[adapter] = (key, index)
-        _add_router(model.get_submodule(key), inside[0], len(inside), adapter, config)
+        stack, _, number = key.rpartition(".")
+        depth = int(number), len(model.get_submodule(stack))  # type: ignore[arg-type]
+        activation = at_depth(config.em_activation, *depth)
+        _add_router(model, inside[0], len(inside), adapter, activation)
         if key not in state.block_routers:
             block = model.get_submodule(key)
             state.block_routers[key] = router = BlockRouter(key, state)
             state.handles.append(block.register_forward_pre_hook(router.open, with_kwargs=True))
             for child in block.children():
                 state.handles.append(child.register_forward_pre_hook(router, with_kwargs=True))
-        state.block_routers[key].hosts[adapter] = inside[0]
+        state.block_routers[key].hosts[adapter] = (inside[0], activation)
 
 
-def _add_router(block: nn.Module, host: Any, n: int, adapter: str, config: Any) -> None:
-    like, width = host.lora_moe_A[adapter], _width(block, host)
+def _refuse(name: str, block: str) -> None:
+    hint = f"Exclude it: exclude_modules=[{name!r}]."
+    if not block.rpartition(".")[2].isdigit():
+        raise HtsrError(
+            f"EM-LoRA's experts are the linears of a transformer layer, and {name} is in none.",
+            hint,
+        )
+    if re.search(r"(^|\.)experts\.\d+\.", name.removeprefix(block)):
+        raise HtsrError(
+            f"EM-LoRA chooses for a whole prompt, and {name} sees only the tokens that the model's "
+            "own router gives it.",
+            hint,
+        )
+
+
+def _add_router(model: nn.Module, host: Any, n: int, adapter: str, activation: Activation) -> None:
+    like, config = host.lora_moe_A[adapter], host.mixture[adapter].config
+    width = _width(model, host)
     weights = torch.zeros(n, width)
     if config.base_probe is None:
         init.init_a(weights, 1, True)
-    numerator, denominator = prompt.gelu_start()
-    own: dict[str, Any] = {"router": weights}
+    own: dict[str, Any] = {"router": weights, **activation.start}
     if config.em_pooler == "attention":
         own["pool"] = torch.zeros(width)
-    for name, values in {**own, "numerator": numerator, "denominator": denominator}.items():
+    for name, values in own.items():
         made = torch.as_tensor(values, dtype=like.dtype, device=like.device)
         getattr(host, f"lora_moe_{name}")[adapter] = nn.Parameter(made)
     host.set_adapter(host.active_adapters, inference_mode=config.inference_mode)
@@ -70,17 +92,11 @@ def _open_pass(state: RouterState, given: dict[str, Any], now: Pass, before: Pas
         read_prompt(given, given.get(ENCODER), now, before, state.generation)
 
 
-def _width(block: nn.Module, host: Any) -> int:
-    """d of the hidden states before a block: that of its first norm, or of its first linear."""
-    for module in block.modules():
-        weight = getattr(module, "weight", None)
-        if (
-            isinstance(weight, Tensor)
-            and weight.dim() == 1
-            and "norm" in type(module).__name__.lower()
-        ):
-            return weight.shape[0]
-    return host.in_features
+def _width(model: nn.Module, host: Any) -> int:
+    """d of the hidden states before a block: the configuration's, or that of its first linear."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", None) or host.in_features
 
 
 class BlockRouter:
@@ -92,7 +108,9 @@ class BlockRouter:
 
     def __init__(self, key: str, state: RouterState) -> None:
         self.key, self.state = key, state
-        self.hosts: dict[str, Any] = {}  # by adapter, the linear that holds its router
+        # By adapter, the linear that holds its router, and its activation.
+        self.hosts: dict[str, tuple[Any, Activation]] = {}
+        self.shape: tuple[int, int] = (0, 0)  # (B, S) of the latest pass
         self.first: nn.Module | None = None
         self.pointer: int | None = None
 
@@ -100,22 +118,20 @@ class BlockRouter:
         """The adapters that route here now."""
         return [
             adapter
-            for adapter, host in self.hosts.items()
-            if adapter in host.mixture
-            and adapter in host.active_adapters
-            and not host.disable_adapters
+            for adapter, (host, _) in self.hosts.items()
+            if adapter in host.mixture and adapter in host.acting and not host.disable_adapters
         ]
 
     def open(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note the block's input, by which its first module is known."""
         if self.first is None:
-            self.pointer = _hidden(args, kwargs).data_ptr()
+            self.pointer = _hidden(args, kwargs, self.key).data_ptr()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each module of the block; only the first one counts."""
         now = self.state.current
         if self.first is None:
-            if _hidden(args, kwargs).data_ptr() != self.pointer:
+            if _hidden(args, kwargs, self.key).data_ptr() != self.pointer:
                 raise HtsrError(
                     f"{self.key} changes its input before its first module, where EM-LoRA's router "
                     "would read it.",
@@ -124,7 +140,8 @@ class BlockRouter:
             self.first = module
         if module is not self.first:
             return
-        hidden = _hidden(args, kwargs)  # (B, S, d)
+        hidden = _hidden(args, kwargs, self.key)  # (B, S, d)
+        self.shape = (hidden.shape[0], hidden.shape[1])
         for adapter in self.active():
             place = (self.key, adapter)
             if now.prompt is not None:
@@ -137,21 +154,36 @@ class BlockRouter:
 
     def decide(self, hidden: Tensor, mask: Tensor, adapter: str) -> Routing:
         """Gate weights (B, N), with the balance loss over prompts attached while training."""
-        host = self.hosts[adapter]
-        config = host.mixture[adapter].config
+        host, activation = self.hosts[adapter]
+        config, router = host.mixture[adapter].config, host.lora_moe_router[adapter]
+        if hidden.shape[:2] != mask.shape or hidden.shape[-1] != router.shape[1]:
+            raise HtsrError(
+                f"{self.key} reads {tuple(hidden.shape)}, and EM-LoRA's router needs the prompt's "
+                f"hidden states {(*mask.shape, router.shape[1])}.",
+                "Adapt the language model's layers only (target_modules).",
+            )
         vector = host.lora_moe_pool[adapter] if config.em_pooler == "attention" else None
+        own = {name: getattr(host, f"lora_moe_{name}")[adapter] for name in activation.start}
         routing = prompt.decide(
             prompt.pool(hidden, mask, config.em_pooler, vector),
-            host.lora_moe_router[adapter],
-            host.lora_moe_numerator[adapter],
-            host.lora_moe_denominator[adapter],
+            router,
+            functools.partial(activation.apply, **own),
             config.em_weighting,
+            config.top_k,
         )
         return routing._replace(weights=host.balanced(routing, adapter, masked=False))
 
 
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _hidden(args: tuple, kwargs: dict[str, Any], block: str) -> Tensor:
+    """The first tensor that a module is called with, (B, S, d)."""
+    given = (*args, kwargs.get("hidden_states"), *kwargs.values())
+    found = next((value for value in given if isinstance(value, Tensor)), None)
+    if found is None or found.dim() != 3:
+        raise HtsrError(
+            f"{block} is not called with hidden states (batch, token, width).",
+            "This architecture is not supported by EM-LoRA.",
+        )
+    return found
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
