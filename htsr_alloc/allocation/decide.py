@@ -68,10 +68,11 @@ def allocate(
         budget = asked.params(metrics, request.targets)
     else:
         budget = asked.params(metrics) if isinstance(asked, Share) else asked
+    metrics, signal = strategy.prepared(metrics, request.scores)
     prefixes = _prefixes(metrics, request)
     units = _units(metrics, prefixes, request, budget)
     ranks = isinstance(asked, Rank)
-    facts: dict[str, Any] = {"targets": request.targets or None}
+    facts: dict[str, Any] = {"targets": request.targets or None, "signal": signal}
     if ranks and metrics is not None and not request.targets:  # for exports: ranks need names
         facts["targets"] = tuple(sorted({matrix.role for matrix in metrics.matrices}))
     if request.scores is not None:

@@ -17,7 +17,7 @@ from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import METRICS, Allocation, Layer, Metrics
 from htsr_alloc.records.results import open_spectra
-from htsr_alloc.spectra.estimators import ESTIMATORS
+from htsr_alloc.spectra.estimators import AT_PEAKS
 
 BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
 NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many
@@ -64,8 +64,9 @@ def sensitivity_of(
 ) -> Sensitivity:
     """Allocate again and again, one thing changed each time.
 
-    * estimator: every estimator of PL_Alpha_Hill, refitted from the spectra beside ``path``;
-      left out for a metric that needs none.
+    * estimator: the other estimators that look for the bulk's peak (``AT_PEAKS``), refitted from
+      the spectra beside ``path``; left out for a metric that needs none and for ``median`` and
+      ``ks``, which measure other places of the spectrum.
     * beta: half a unit less and more.
     * matrices: ``draws`` bootstrap draws, each layer's mean taken over as many of its matrices,
       drawn with replacement; a layer of few matrices shows how few they are.
@@ -96,16 +97,21 @@ def sensitivity_of(
     def add(cause: str, labels: Any, made: Iterator[Allocation]) -> None:
         causes[cause], counts[cause] = labels, [result.experts for result in made]
 
-    if scores.fitted:
-        others = [name for name in ESTIMATORS if name != metrics.settings.estimator]
+    if scores.fitted and metrics.settings.estimator in AT_PEAKS:
+        others = [name for name in AT_PEAKS if name != metrics.settings.estimator]
         with open_spectra(metrics, path) as spectra:
             bins = metrics.settings.bins
-            refits = [refitted(metrics, spectra, name, bins) for name in others]
+            noise = metrics.settings.noise if request.strategy.uses_errors else None
+            refits = [refitted(metrics, spectra, name, bins, noise) for name in others]
         add("estimator", others, (allocate(refit, request) for refit in refits))
     beta = own.strategy.beta if own.strategy is not None else None
     if isinstance(request.strategy, AlphaLora) and beta is not None:
-        varied = [replace(request, strategy=AlphaLora(beta + step)) for step in BETA_STEPS]
+        kind = type(request.strategy)
+        varied = [replace(request, strategy=kind(beta + step)) for step in BETA_STEPS]
         add("beta", [beta + step for step in BETA_STEPS], (allocate(metrics, r) for r in varied))
+    changed, signal = request.strategy.prepared(metrics, scores)
+    if changed is not None and signal is not None:  # shrunk once, then drawn from
+        metrics, request = changed, replace(request, strategy=AlphaLora(beta))
     draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
     add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))
     ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}

@@ -18,7 +18,7 @@ from htsr_alloc.analysis.cost import flops
 from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Ranks
 from htsr_alloc.analysis.journal import Entry, Journal, another
-from htsr_alloc.analysis.measure import measure, summarise
+from htsr_alloc.analysis.measure import measure, summarise, with_noise
 from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
@@ -31,6 +31,7 @@ from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
 from htsr_alloc.spectra.engines import check_engine
 from htsr_alloc.spectra.estimators import fit
+from htsr_alloc.spectra.uncertainty import NOISE
 from htsr_alloc.version import __version__
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
@@ -153,6 +154,7 @@ def analyze(
     if settings is None:
         settings = Settings("median" if chosen.get("farms") else "official")
     settings = replace(settings, **chosen)
+    settings = with_noise(settings, settings.noise or NOISE)
     if isinstance(output, (str, Path)):
         output = RunFiles(Path(output))
     layer_map = plan(checkpoint, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
 from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
+from htsr_alloc.spectra.uncertainty import NOISE, uncertainty
 
 if TYPE_CHECKING:
     from htsr_alloc.spectra.spectrum import Spectrum
@@ -59,7 +60,16 @@ def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
     if empty:
         return record
     tail = values if found.windows is None else found.windows
-    return with_fit(record, fit_of(record, tail, settings.estimator, settings.bins))
+    return with_fit(record, tail, settings)
+
+
+def with_noise(settings: Settings, noise: float | None = NOISE) -> Settings:
+    """The settings with the noise of their standard errors: none with FARMS.
+
+    The noise model is about W's singular values, and the windows that FARMS pools overlap, so that
+    neither it nor Hill's error holds for their eigenvalues.
+    """
+    return replace(settings, noise=None if settings.farms else noise)
 
 
 def fit_of(matrix: Matrix, tail: np.ndarray, estimator: str, bins: int) -> Fit:
@@ -97,8 +107,9 @@ def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
     return bool(largest - least <= stored + computed)
 
 
-def with_fit(matrix: Matrix, fitted: Fit) -> Matrix:
-    """The record with another fit; status and reason follow from it and from zero eigenvalues."""
+def with_fit(matrix: Matrix, tail: np.ndarray, settings: Settings) -> Matrix:
+    """The record with a fit; status and reason follow from it and from zero eigenvalues."""
+    fitted = fit_of(matrix, tail, settings.estimator, settings.bins)
     reasons = [fitted.reason] if fitted.reason else []
     if matrix.n_zero:
         reasons.append(f"{matrix.n_zero} of {matrix.n_zero + matrix.n_eigs} eigenvalues are zero")
@@ -114,32 +125,52 @@ def with_fit(matrix: Matrix, fitted: Fit) -> Matrix:
         peak_gap=fitted.peak_gap,
         status=status,
         reason="; ".join(reasons) or None,
+        **errors_of(matrix, tail, settings, alpha is not None),
     )
 
 
+def errors_of(matrix: Matrix, tail: np.ndarray, settings: Settings, fitted: bool) -> dict[str, Any]:
+    """The standard errors of a fit, as fields of its record; None without a fit or a noise."""
+    found = None
+    if fitted and settings.noise is not None and matrix.stable_rank and matrix.lambda_max:
+        rms = math.sqrt(matrix.stable_rank * matrix.lambda_max / math.prod(matrix.shape))
+        estimator, bins, noise = settings.estimator, settings.bins, settings.noise
+        found = uncertainty(tail, rms, estimator, bins, noise=noise)
+    names = {"alpha_se": "se", "alpha_hill_se": "hill", "alpha_start_se": "start"}
+    names |= {"k_low": "k_low", "k_high": "k_high"}
+    return {key: getattr(found, name, None) for key, name in names.items()}
+
+
 def refitted(
-    metrics: Metrics, spectra: Mapping[str, np.ndarray], estimator: str, bins: int
+    metrics: Metrics,
+    spectra: Mapping[str, np.ndarray],
+    estimator: str,
+    bins: int,
+    noise: float | None = NOISE,
 ) -> Metrics:
     """The metrics by another estimator, from the spectra that they were fitted to.
 
     Args:
         spectra: tensor -> its ascending eigenvalues (``results.open_spectra``).
+        noise: of the standard errors; None computes none, in a seventeenth of the time.
 
     Raises:
         HtsrError: the spectrum of a matrix that has one is not there.
     """
+    settings = replace(metrics.settings, estimator=estimator, bins=bins)
+    settings = with_noise(settings, noise)
     matrices = []
     for matrix in metrics.matrices:
         values = spectra.get(matrix.tensor)
         if values is None and matrix.lambda_max is not None:
             raise HtsrError(f"The kept spectra lack that of {matrix.tensor}.", "Analyze again.")
         if values is not None:
-            matrix = with_fit(matrix, fit_of(matrix, values, estimator, bins))
+            matrix = with_fit(matrix, values, settings)
         matrices.append(matrix)
     prefixes = [layer.prefix for layer in metrics.layers]
     return replace(
         metrics,
-        settings=replace(metrics.settings, estimator=estimator, bins=bins),
+        settings=settings,
         matrices=tuple(matrices),
         layers=summarise(matrices, prefixes),
     )

@@ -11,6 +11,7 @@ from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, dumps, loads, this_tool
 from htsr_alloc.records.results import open_spectra
+from htsr_alloc.spectra.uncertainty import NOISE
 
 
 def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metrics:
@@ -32,6 +33,7 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
         )
     files.refuse_overwriting(output.metrics, (path, path.with_name(old.spectra.file)))
     with open_spectra(old, path) as spectra:
-        metrics = replace(refitted(old, spectra, estimator, bins), tool=this_tool())
+        fitted = refitted(old, spectra, estimator, bins, old.settings.noise or NOISE)
+    metrics = replace(fitted, tool=this_tool())
     files.write_text(output.metrics, dumps(metrics))
     return metrics

@@ -18,6 +18,7 @@ from htsr_alloc.cli.build import build
 from htsr_alloc.cli.collapse import collapse
 from htsr_alloc.cli.compare import compare
 from htsr_alloc.cli.evaluate import evaluate
+from htsr_alloc.cli.explain import explain
 from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well, exit_at_once, say_stopped, stop_on_signals
 from htsr_alloc.cli.fit import fit
@@ -42,6 +43,7 @@ COMMANDS = (
     inspect,
     analyze,
     fit,
+    explain,
     allocate,
     plot,
     report,

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.cli.screen import Table, View, bar, duration, size
 from htsr_alloc.records import Module, as_json
+from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
+
+APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in other words
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
-    from htsr_alloc.records import Allocation, Metrics
+    from htsr_alloc.records import Allocation, Metrics, Signal, Strategy
+    from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
@@ -95,8 +99,48 @@ def metrics(found: Metrics) -> View:
     return View(
         as_json(found),
         [Table(columns, rows, left=["prefix", "note"])],
-        [f"estimator: {found.settings.estimator}{farms}"],
+        [f"estimator: {found.settings.estimator}{farms}", *_doubtful(found)],
     )
+
+
+def _doubtful(found: Metrics) -> list[str]:
+    """One line of the matrices whose start jumps or whose tail is short, if any."""
+    total = len(found.matrices)
+    jumps = sum(matrix.start_jumps for matrix in found.matrices)
+    short = sum(matrix.short_tail for matrix in found.matrices)
+    if not jumps and not short:
+        return []
+    return [
+        f"of {total} matrices {jumps} depend most on where the tail starts, and {short} have a "
+        f"tail of fewer than {SHORT} eigenvalues: htsr explain shows which"
+    ]
+
+
+def explanation(found: Sequence[LayerParts], estimator: str, layer: int | None) -> View:
+    """One layer's matrices, or each layer with the one that adds most; 80 columns."""
+    rows, notes = [], [f"estimator: {estimator}"]
+    for row in found:
+        for part in row.parts[: 1 if layer is None else None]:
+            own = [part.role[:20], _plus(part.alpha, part.se), part.k, f"{part.share:.0%}"]
+            cells = [*own, part.without, ", ".join(part.reasons)]
+            score = [_plus(row.score, row.se)] if layer is None else []
+            rows.append([row.layer, *score, *cells])
+        if layer is not None:
+            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}")
+    first = ["layer", "mean"] if layer is None else ["layer"]
+    columns = [*first, "role", "alpha ± se", "k", "share", "without", "note"]
+    notes.append(
+        "without: the layer's mean without that matrix; start: the choice of the tail's start "
+        f"decides its alpha; short: k < {SHORT}"
+    )
+    table = Table(columns, rows, left=["role", "note"])
+    return View({"estimator": estimator, "layers": [asdict(x) for x in found]}, [table], notes)
+
+
+def _plus(value: float | None, se: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ± {se:.2f}" if se is not None else "")
 
 
 def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
@@ -131,13 +175,15 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
     if result.strategy is not None:
         strategy = result.strategy
         fields = as_json(strategy).items()
-        given = {k: v for k, v in fields if v is not None and k not in ("name", "farms", "scores")}
+        given = {k: v for k, v in fields if v is not None and k not in APART}
         said = [f"{key} {_said(value)}" for key, value in given.items()]
         said += [f"scores {strategy.scores.file}"] if strategy.scores else []
         said += ["FARMS windows"] if strategy.farms else []
         what = "ranks" if result.holds_ranks else "T"
         line = f"{strategy.name}: {what} = {result.budget} over {len(result.experts)} layers"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
+        notes += _signal(strategy.signal)
+        notes += _recommended(strategy)
     if result.parameters is not None:
         money = result.parameters
         notes.append(
@@ -149,6 +195,25 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
             )
         )
     return View(data, tables, notes)
+
+
+def _signal(signal: Signal | None) -> list[str]:
+    """How much of each role's spread is signal, and what follows."""
+    if signal is None:
+        return []
+    roles = [f"{x.role} {x.i2:.2f} ({x.i2_low:.2f}-{x.i2_high:.2f})" for x in signal.roles]
+    said = [f"I², the share of a role's spread that is signal (95 %): {', '.join(roles)}"]
+    return said + ([signal.uniform] if signal.uniform else [])
+
+
+def _recommended(strategy: Strategy) -> list[str]:
+    """Which estimator a decision should use, where this one only reproduces a paper."""
+    if strategy.estimator not in NOISY:
+        return []
+    return [
+        f"{strategy.estimator} reproduces a paper. For a decision use the smoother "
+        f"{FOR_DECISIONS}: htsr fit METRICS --estimator {FOR_DECISIONS}"
+    ]
 
 
 def _said(value: object) -> str:

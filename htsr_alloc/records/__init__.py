@@ -14,6 +14,8 @@ from htsr_alloc.records.decisions import (
     Evidence,
     Module,
     Parameters,
+    RoleSignal,
+    Signal,
     Strategy,
 )
 from htsr_alloc.records.facts import (
@@ -51,7 +53,9 @@ __all__ = [
     "Model",
     "Module",
     "Parameters",
+    "RoleSignal",
     "Settings",
+    "Signal",
     "Skipped",
     "Strategy",
     "Tool",

@@ -31,6 +31,37 @@ RANKS: Literal["rank_per_layer"] = "rank_per_layer"
 
 
 @dataclass(frozen=True)
+class RoleSignal:
+    """One role's z = ln(alpha - 1) over its ``n`` matrices: mean, variance and I^2.
+
+    ``i2`` is the share of the spread that the standard errors do not explain, with its 95 %
+    interval.
+    """
+
+    role: str
+    n: Count
+    mean: float
+    tau2: float
+    i2: float
+    i2_low: float
+    i2_high: float
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How much of the spread between layers is signal, by the strategy that shrinks the rest.
+
+    ``common`` is the variance that a layer's roles share, ``p`` how often chance alone spreads
+    as widely. ``uniform`` says why all layers have one score; null where they differ.
+    """
+
+    roles: tuple[RoleSignal, ...]
+    common: float
+    p: float
+    uniform: str | None
+
+
+@dataclass(frozen=True)
 class Strategy:
     """How an allocation was chosen; a field that the strategy does not use is null.
 
@@ -53,6 +84,7 @@ class Strategy:
     scores: File | None = field(default=None, metadata=ADDED)
     pool: str | None = field(default=None, metadata=ADDED)
     targets: tuple[str, ...] | None = field(default=None, metadata=ADDED)
+    signal: Signal | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ OK, MARKED, FAILED = "ok", "marked", "failed"
 Count = Annotated[int, Meta(ge=0)]
 MAX_BINS = 1_000_000  # of a histogram; there are never as many eigenvalues
 
+SHORT = 50  # eigenvalues in a tail; below, Hill's error alone is 14 % of alpha - 1
+
+# Estimators whose start is the histogram's peak, which noise of 1 % on the weights moves, and the
+# one that docs/ESTIMATORS.md recommends for a decision in their place.
+NOISY = ("official", "paper", "band")
+FOR_DECISIONS = "kde-mean"
+
 # Metadata of a field that was added within a version: it is written only where it is not at its
 # default, so that a file that does without it reads as before.
 ADDED = {"added": True}
@@ -81,7 +88,11 @@ class Farms:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the numbers were made."""
+    """How the numbers were made.
+
+    ``noise`` is the size of the noise behind the standard errors, relative to the root mean square
+    of a matrix's entries; null where there are none (FARMS, and files of before).
+    """
 
     estimator: str
     bins: int = 100
@@ -90,10 +101,13 @@ class Settings:
     farms: Farms | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    noise: Annotated[float, Meta(gt=0)] | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.bins > MAX_BINS:
             raise HtsrError(f"bins must be at most {MAX_BINS}, not {self.bins}.")
+        if self.farms is not None and self.noise is not None:
+            raise HtsrError("With FARMS there are no standard errors, so that `noise` is null.")
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,11 @@ class Matrix:
     ``n_eigs`` eigenvalues were kept and ``n_zero`` found to be zero (together min(shape));
     ``k`` is the number of eigenvalues in the fitted tail; ``peak_gap`` is the count of the
     fullest histogram bin less that of the second (0: a tie, the first bin won).
+
+    ``alpha_se`` is the standard error of ``pl_alpha_hill``, sqrt(``alpha_hill_se``^2 +
+    ``alpha_start_se``^2): of the tail's finite size, (alpha - 1) / sqrt(k), and of the choice of
+    its start, under ``Settings.noise``, which moves the tail's length from ``k_low`` to
+    ``k_high``. They are null where the settings name no noise or the fit failed.
     """
 
     tensor: str
@@ -134,6 +153,21 @@ class Matrix:
     engine: str
     status: Annotated[str, Meta(extra_json_schema={"enum": [OK, MARKED, FAILED]})]
     reason: str | None
+    alpha_se: float | None = field(default=None, metadata=ADDED)
+    alpha_hill_se: float | None = field(default=None, metadata=ADDED)
+    alpha_start_se: float | None = field(default=None, metadata=ADDED)
+    k_low: int | None = field(default=None, metadata=ADDED)
+    k_high: int | None = field(default=None, metadata=ADDED)
+
+    @property
+    def start_jumps(self) -> bool:
+        """Whether the choice of the start adds more to the error than the tail's size does."""
+        return (self.alpha_start_se or 0.0) > (self.alpha_hill_se or 0.0)
+
+    @property
+    def short_tail(self) -> bool:
+        """Whether alpha was fitted to fewer than ``SHORT`` eigenvalues."""
+        return self.k is not None and self.k < SHORT
 
 
 # The rules of Metrics.check on one matrix, as JSON Schema says them.

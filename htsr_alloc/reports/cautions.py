@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.records import FAILED, MARKED, Metrics
+from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 from htsr_alloc.records.results import Result
-
-AT_THE_PEAK = ("official", "paper", "band")  # estimators that start from the histogram's peak
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,35 @@ def _numbers(metrics: Metrics) -> list[Caution]:
     total, settings = len(metrics.matrices), metrics.settings
     found = []
     ties = [m for m in metrics.matrices if m.peak_gap == 0]
-    if ties and settings.estimator in AT_THE_PEAK:
+    if ties and settings.estimator in NOISY:
         text = (
             f"Matrices with two fullest bins in the histogram: {len(ties)} of {total}. The first "
             f"is taken as the peak, from which the estimator {settings.estimator} starts."
         )
         found.append(Caution(text, tuple(m.tensor for m in ties)))
+    jumps = [m for m in metrics.matrices if m.start_jumps]
+    if jumps:
+        text = (
+            f"Matrices whose PL_Alpha_Hill depends on where the tail starts more than on its "
+            f"eigenvalues: {len(jumps)} of {total}."
+        )
+        items = tuple(
+            f"{m.tensor}: {m.pl_alpha_hill:.2f} ± {m.alpha_se:.2f}, k from {m.k_low} to {m.k_high}"
+            for m in jumps
+        )
+        found.append(Caution(text, items))
+    short = [m for m in metrics.matrices if m.short_tail]
+    if short:
+        items = tuple(f"{m.tensor}: k = {m.k}" for m in short)
+        found.append(
+            Caution(f"Tails of fewer than {SHORT} eigenvalues: {len(short)} of {total}.", items)
+        )
+    if settings.estimator in NOISY:
+        text = (
+            f"The estimator {settings.estimator} reproduces a paper. For a decision use "
+            f"{FOR_DECISIONS}, which noise on the weights moves far less."
+        )
+        found.append(Caution(text))
     uncertain = [m for m in metrics.matrices if "float32 not certain" in m.engine]
     if uncertain:
         text = (

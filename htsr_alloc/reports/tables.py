@@ -53,8 +53,13 @@ def allocation_facts(result: Result) -> list[Row]:
     rows = [("file", result.file.file), ("SHA-256", result.file.sha256), ("T", str(record.budget))]
     if record.strategy:
         given = asdict(record.strategy)
+        signal = given.pop("signal")
         rows.append(("strategy", str(given.pop("name"))))
         rows += [(name, str(value)) for name, value in given.items() if value is not None]
+        if signal is not None:
+            said = [f"{x['role']} {x['i2']:.2f}" for x in signal["roles"]]
+            rows.append(("I² of each role", ", ".join(said)))
+            rows.append(("signal", signal["uniform"] or f"p = {signal['p']:.2g}"))
     if record.metrics:
         rows.append(("made from", f"{record.metrics.file}, SHA-256 {record.metrics.sha256}"))
     if record.tool:

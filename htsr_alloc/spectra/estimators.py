@@ -23,6 +23,7 @@ from htsr_alloc.spectra.density import mode
 
 FEW = 50  # a fit to fewer eigenvalues is marked (METHODS 2)
 PROBES = 32  # values at which a start's distance is bounded first
+FIRST = 8  # starts computed in full at once; then twice as many each time, up to CHUNK
 CHUNK = 1 << 17  # elements of the starts x eigenvalues array made at a time (1 MiB)
 BANDWIDTH = 0.15  # decades; docs/ESTIMATORS.md says why
 NARROWEST = 0.01  # decades: narrower, a kernel density shows single eigenvalues
@@ -191,10 +192,10 @@ def _best(tails: _Tails, allowed: np.ndarray) -> _Tail | None:
     probes = starts[:, None] + (total - 1 - starts[:, None]) * np.arange(PROBES) // (PROBES - 1)
     bounds = _deviations(tails, starts[:, None], probes).max(axis=1)
     order = np.argsort(bounds, kind="stable")
-    step = max(1, CHUNK // total)
-    least, best = np.inf, -1
-    for at in range(0, len(order), step):
+    least, best, at, step = np.inf, -1, 0, FIRST
+    while at < len(order):
         part = order[at : at + step]
+        at, step = at + len(part), max(1, min(2 * step, CHUNK // total))
         if bounds[part[0]] > least * (1 + 1e-9):  # more than exp's rounding can hide
             break
         j = np.arange(int(starts[part].min()), total)[None, :]
@@ -236,6 +237,9 @@ def _median(tails: _Tails) -> _Tail:
     middle = len(tails.values) // 2
     return _Tail(middle, middle)
 
+
+# Those that look for the same place, the bulk's peak, so that their values are comparable.
+AT_PEAKS = ("official", "paper", "band", "kde", "kde-band", "kde-mean")
 
 ESTIMATORS: dict[str, Rule] = {
     "official": _official,

@@ -81,7 +81,10 @@ def test_a_request_is_allocated_as_its_keywords_are():
         (lambda: Request(top_k=0), "^top_k must be at least 1, not 0"),
         (lambda: AlphaLora(beta=2.5, spread=3), "both cannot be given"),
         (lambda: Share(1.5), "at most 1, not 1.5"),
-        (lambda: Request.of("uniform", T=9, beta=1.0), "beta belongs to the alphalora strategy"),
+        (
+            lambda: Request.of("uniform", T=9, beta=1.0),
+            "beta belongs to the alphalora and shrunk strategy",
+        ),
         (lambda: Request.of(T=9, r=4), "^r matters to params and target_share alone"),
         (lambda: Request.of(T=9, pool="role"), "^pool role is about per_module"),
     ],

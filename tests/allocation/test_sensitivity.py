@@ -15,7 +15,7 @@ from htsr_alloc.allocation import Request, allocate
 from htsr_alloc.allocation.sensitivity import sensitivity_of
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Layer, Metrics, loads
-from htsr_alloc.spectra.estimators import ESTIMATORS
+from htsr_alloc.spectra.estimators import AT_PEAKS
 
 
 def smollm2():
@@ -29,7 +29,7 @@ def test_sensitivity_is_what_allocating_again_gives():
     found = sensitivity_of(metrics, path, Request.of(**request), draws=40, seed=3)
     own = allocate(metrics, **request)
     assert list(found.causes) == ["estimator", "beta", "matrices"]
-    assert set(found.causes["estimator"]) == set(ESTIMATORS) - {"official"}
+    assert set(found.causes["estimator"]) == set(AT_PEAKS) - {"official"}
     assert found.causes["beta"] == [2.0, 3.0]
     betas = [allocate(metrics, T=160, beta=beta).experts for beta in (2.0, 3.0)]
     # The bootstrap again, in the plainest words.

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from htsr_alloc.allocation.scorefile import Scores
+from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.sharing import Sharing
+from htsr_alloc.records import Metrics, Signal
 from htsr_alloc.records import Strategy as Record
 
 
@@ -28,15 +31,23 @@ class Strategy(ABC):
     Attributes:
         name: its name in ``STRATEGIES`` and in the allocation file.
         uses_scores: whether each unit comes with a score.
+        uses_errors: whether it needs the alphas' standard errors.
     """
 
     name: ClassVar[str]
     uses_scores: ClassVar[bool] = False
+    uses_errors: ClassVar[bool] = False
 
     @property
     def layers(self) -> int | None:
         """How many layers the settings are for; None where they do not say."""
         return None
+
+    def prepared(
+        self, metrics: Metrics | None, scores: Metric | Scores | None
+    ) -> tuple[Metrics | None, Signal | None]:
+        """The metrics that scores are taken from; with a signal where they were changed."""
+        return metrics, None
 
     @abstractmethod
     def plan(self, sharing: Sharing) -> Plan:

@@ -22,6 +22,7 @@ from htsr_alloc.reports.plots.panels import (
 )
 from htsr_alloc.style import line_styles, plain
 
+ERRORS = {"pl_alpha_hill": "alpha_se"}  # metric -> its standard error
 MARKS = 16  # markers along a line, about; more would touch at 80 layers
 
 
@@ -67,6 +68,10 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
         )
     bold = {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 3}
     axes.plot(x, means, label="mean", zorder=3, **bold)
+    if metric in ERRORS:
+        spread = mean_errors(metrics, ERRORS[metric])
+        if np.isfinite(spread).any():
+            axes.errorbar(x, means, spread, fmt="none", ecolor="black", label="± its error")
     partial = [layer.layer for layer in metrics.layers if layer.unfitted]
     if partial:
         axes.plot(
@@ -84,6 +89,17 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
     number_layers(axes, len(x))
     mark_stacks(axes, [layer.prefix for layer in metrics.layers])
     legend_beside(axes)
+
+
+def mean_errors(metrics: Metrics, error: str) -> np.ndarray:
+    """(L,) standard errors of the layers' means; NaN where a fitted matrix has none."""
+    found = np.full(len(metrics.layers), np.nan)
+    for i in range(len(found)):
+        own = [m for m in metrics.matrices if m.layer == i and m.pl_alpha_hill is not None]
+        errors = [getattr(m, error) for m in own]
+        if errors and None not in errors:
+            found[i] = np.linalg.norm(errors) / len(errors)
+    return found
 
 
 def draw_models(axes: Axes, models: Sequence[tuple[str, Metrics]], metric: str) -> None:
