@@ -203,10 +203,11 @@ def state_of(model: nn.Module) -> RouterState:
     if state is None:
         state = RouterState(model)
         hooks = PassHooks(model, state)
+        eager: Any = torch.compiler.disable  # the hooks keep counts that a graph cannot
         setattr(model, STATE, state)
         state.handles = [
-            model.register_forward_pre_hook(torch.compiler.disable(hooks.before), with_kwargs=True),
-            model.register_forward_hook(torch.compiler.disable(hooks.after), with_kwargs=True),
+            model.register_forward_pre_hook(eager(hooks.before), with_kwargs=True),
+            model.register_forward_hook(eager(hooks.after), with_kwargs=True),
         ]
     return state
 

@@ -37,11 +37,12 @@ def read_prompt(
         now.decisions.settle()
         return
     tokens, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if tokens is None and embeds is None:
-        raise HtsrError(
-            "EM-LoRA routes by a prompt, and the model got neither input_ids nor inputs_embeds."
-        )
-    tokens = embeds[..., 0] if tokens is None else tokens  # (B, S)
+    if tokens is None:
+        if embeds is None:
+            raise HtsrError(
+                "EM-LoRA routes by a prompt, and the model got neither input_ids nor inputs_embeds."
+            )
+        tokens = embeds[..., 0]  # (B, S)
     past = given.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
         if generation is not None or tokens.shape[1] > 1:

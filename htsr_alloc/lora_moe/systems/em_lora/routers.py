@@ -94,7 +94,7 @@ def _open_pass(state: RouterState, given: dict[str, Any], now: Pass, before: Pas
 
 def _width(model: nn.Module, host: Any) -> int:
     """d of the hidden states before a block: the configuration's, or that of its first linear."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None) or host.in_features
 
