@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from copy import deepcopy
 from hashlib import sha256
 from typing import Any
 
@@ -57,7 +58,7 @@ def changed(data: Any, draw: random.Random, keys: list[str]) -> Any:
     """The document with one place replaced, deleted, renamed or copied to another."""
     found = places(data)[1:]
     if not found:
-        return draw.choice(VALUES)
+        return deepcopy(draw.choice(VALUES))
     *path, last = draw.choice(found)
     here = data
     for step in path:
@@ -77,7 +78,7 @@ def changed(data: Any, draw: random.Random, keys: list[str]) -> Any:
         except (KeyError, IndexError, TypeError):  # it was in what has gone
             here[last] = None
     else:
-        here[last] = draw.choice(VALUES)
+        here[last] = deepcopy(draw.choice(VALUES))
     return data
 
 

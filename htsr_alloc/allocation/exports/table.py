@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 
 from htsr_alloc.allocation.exports.modules import Modules, refuse_modules
 from htsr_alloc.records import Allocation
@@ -13,7 +12,7 @@ from htsr_alloc.records.lora import Lora
 
 def _text(name: str | None) -> str | None:
     """A name, which is never a formula (=, +, -, @, or one of them behind a blank)."""
-    name = name and re.sub(r"[\r\n]", " ", name)  # a line of its own begins a cell
+    name = name and name.replace("\r", " ")  # not quoted, and some begin a line at it
     return f"'{name}" if name and name.lstrip().startswith(("=", "+", "-", "@")) else name
 
 
