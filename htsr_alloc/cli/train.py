@@ -55,10 +55,11 @@ def train(
     """  # noqa: E501
     check_installed()
     from htsr_alloc.training import models
-    from htsr_alloc.training import run as running
+    from htsr_alloc.training.run import PICTURE, Run, is_first
+    from htsr_alloc.training.run import train as fine_tune
 
     models.silence()
-    asked = running.Run(
+    asked = Run(
         model,
         data,
         output,
@@ -71,8 +72,8 @@ def train(
         dtype,
         device,
     )
-    done = running.train(asked, resume=resume, progress=screen.watched, note=screen.note)
-    if not running.is_first():
+    done = fine_tune(asked, resume=resume, progress=screen.watched, note=screen.note)
+    if not is_first():
         return
     screen.show(views.trained(done))
-    screen.note(f"wrote {output}: the adapter, {running.PICTURE} and log.jsonl")
+    screen.note(f"wrote {output}: the adapter, {PICTURE} and log.jsonl")

@@ -1,4 +1,4 @@
-"""LoRA's settings and their defaults; imports nothing, since the command line shows them in its help."""
+"""LoRA's settings and their defaults; cheap to import, for the help of commands."""
 
 from __future__ import annotations
 
