@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="*", default=[10, 100])
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    print("matrices, checkpoint MB, --max-memory MB, foretold MB, measured MB, wall s")
+    print("matrices, checkpoint MB, --max-memory MB, estimated MB, measured MB, wall s")
     with tempfile.TemporaryDirectory() as root:
         for count in arguments.counts:
             folder = Path(root) / str(count)
@@ -59,10 +59,10 @@ def main() -> None:
             for bound in (None, report["least_bytes"]):
                 limit = [] if bound is None else ["--max-memory", str(bound)]
                 wall, _, peak = measure([*analyze, *limit])
-                foretold = report["peak_bytes"] if bound is None else bound
+                estimated = report["peak_bytes"] if bound is None else bound
                 shown = "-" if bound is None else f"{bound / 1e6:.0f}"
                 print(
-                    f"{count:4} {report['bytes'] / 1e6:8.0f} {shown:>6} {foretold / 1e6:6.0f} "
+                    f"{count:4} {report['bytes'] / 1e6:8.0f} {shown:>6} {estimated / 1e6:6.0f} "
                     f"{peak * 1.048576:6.0f} {wall:6.1f}",
                     flush=True,
                 )

@@ -20,7 +20,7 @@ WORKER_BYTES = 64 << 20  # a thread's buffers in OpenBLAS and malloc
 
 
 @dataclass(frozen=True)
-class Cost:
+class Estimate:
     """Bounds on memory with all workers and with one (the least ``max_memory``), rough seconds."""
 
     peak_bytes: int
@@ -80,7 +80,7 @@ def transfer(checkpoint: Checkpoint, matrices: Sequence[MatrixRef]) -> Transfer:
     return checkpoint.store.transfer(in_order, tensors)
 
 
-def predict(matrices: Sequence[MatrixRef], workers: int) -> Cost:
+def predict(matrices: Sequence[MatrixRef], workers: int) -> Estimate:
     """Memory from the shapes; seconds from one trial on this machine (0.2 s, imports torch)."""
     import torch
 
@@ -100,4 +100,4 @@ def predict(matrices: Sequence[MatrixRef], workers: int) -> Cost:
     each = min(times) / (7.0 / 3.0 * trial**3)
     longest = max((flops(matrix) for matrix in matrices), default=0.0)
     seconds = each * max(total / workers, longest)
-    return Cost(peak_bytes(matrices, workers), peak_bytes(matrices, 1), seconds)
+    return Estimate(peak_bytes(matrices, workers), peak_bytes(matrices, 1), seconds)

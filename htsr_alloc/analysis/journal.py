@@ -212,7 +212,7 @@ def another(path: Path, what: str, difference: str) -> HtsrError:
 def _foreign(path: Path) -> HtsrError:
     return HtsrError(
         f"{path} is not a journal of htsr; it is left as it is.",
-        "Move it away, or choose another `output`.",
+        "Move it to another folder, or choose another `output`.",
     )
 
 

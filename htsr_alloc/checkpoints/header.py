@@ -28,7 +28,7 @@ BITS = {
 }
 
 
-class Entry(NamedTuple):
+class Extent(NamedTuple):
     """One tensor: its dtype's code, its shape, and its bytes' place in the file."""
 
     dtype: str
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 class Header(NamedTuple):
     """Every tensor of a file in the order of its bytes, and the header's own SHA-256."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, Extent]
     sha256: str
 
 
@@ -75,7 +75,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
     return Header(entries, hashlib.sha256(text).hexdigest())
 
 
-def _parse(text: bytes, start: int, size: int) -> dict[str, Entry]:
+def _parse(text: bytes, start: int, size: int) -> dict[str, Extent]:
     """The tensors of a header whose data lies from ``start`` to ``size``; ValueError if wrong."""
     if not text.startswith(b"{"):
         raise ValueError("its header is not a JSON object")
@@ -94,7 +94,7 @@ def _parse(text: bytes, start: int, size: int) -> dict[str, Entry]:
     if b"\\u" in text:
         check_unicode([*metadata, *metadata.values()])
     place = start
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Extent] = {}
     for name, entry in sorted(found.items(), key=_offset):
         _check(name, entry)
         moved = entry._replace(begin=start + entry.begin, end=start + entry.end)
@@ -114,15 +114,15 @@ def check_unicode(names: Iterable[str]) -> None:
             raise ValueError(f"the name {name!r} is not Unicode")
 
 
-def _compact(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Entry:
-    """An object of the header, a tensor's as an ``Entry``: a tenth of the memory of dicts."""
+def _compact(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Extent:
+    """An object of the header, a tensor's as an ``Extent``: a tenth of the memory of dicts."""
     found = unique_keys(pairs)
     if not found.keys() >= KEYS:
         return found
     dtype, shape, offsets = (found[key] for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and _counts(shape) and _counts(offsets) and len(offsets) == 2):
         raise ValueError("a tensor's dtype, shape or data_offsets are of a wrong type")
-    return Entry(dtype, tuple(shape), *offsets)
+    return Extent(dtype, tuple(shape), *offsets)
 
 
 def _counts(values: Any) -> bool:
@@ -132,12 +132,12 @@ def _counts(values: Any) -> bool:
 
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
     name, entry = item
-    if not isinstance(entry, Entry):
+    if not isinstance(entry, Extent):
         raise ValueError(f"{name!r} does not describe a tensor")
     return entry.begin, entry.end
 
 
-def _check(name: str, entry: Entry) -> None:
+def _check(name: str, entry: Extent) -> None:
     if entry.dtype not in BITS:
         raise ValueError(f"{name!r} is of an unknown dtype {entry.dtype!r}")
     bits = BITS[entry.dtype]

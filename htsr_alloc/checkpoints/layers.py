@@ -29,7 +29,7 @@ STACK_WORDS = {
 }
 
 STACKED_2D = r"experts\.mlp\.[wv]\d"
-# Tensors that are no weight matrix of a block, wherever they stand.
+# Tensors that are not a weight matrix of a block, wherever they are.
 SKIPPED_NAMES = (
     (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
     (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),

@@ -75,7 +75,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Shards:
-    """What becomes of a hub id's files."""
+    """How a hub id's files are read and kept."""
 
     stream: Annotated[bool, "Read a hub id by byte ranges; nothing is kept on disk."] = False
     keep_shards: Annotated[bool, "Keep a hub id's files, or delete each when it is done."] = True

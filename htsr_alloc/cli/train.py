@@ -62,13 +62,14 @@ def train(
     check_installed()
     from htsr_alloc.lora_moe.build import load
     from htsr_alloc.training import models
-    from htsr_alloc.training import run as running
+    from htsr_alloc.training.run import PICTURE, Run, is_first
+    from htsr_alloc.training.run import train as fine_tune
 
     models.silence()
     loaded = None if allocation is None else load(allocation)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target or ())
     base = base_of(model, hub)
-    asked = running.Run(
+    asked = Run(
         base.folder,
         hub.rows(data),
         output,
@@ -81,8 +82,8 @@ def train(
         dtype,
         device,
     )
-    done = running.train(asked, resume=resume, progress=screen.watched, note=screen.note)
-    if not running.is_first():
+    done = fine_tune(asked, resume=resume, progress=screen.watched, note=screen.note)
+    if not is_first():
         return
     facts = [
         f"Trained on {done.rows} rows of {Path(data).name}, {done.steps} steps, learning rate "
@@ -92,4 +93,4 @@ def train(
     ]
     hand_on(screen, output, base, facts, loaded, push, hub.token)
     screen.show(views.trained(done))
-    screen.note(f"wrote {output}: the adapter, {running.PICTURE} and log.jsonl")
+    screen.note(f"wrote {output}: the adapter, {PICTURE} and log.jsonl")

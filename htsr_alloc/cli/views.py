@@ -14,7 +14,7 @@ APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
-    from htsr_alloc.analysis.cost import Cost
+    from htsr_alloc.analysis.cost import Estimate
     from htsr_alloc.checkpoints.layers import LayerMap
     from htsr_alloc.checkpoints.listing import Transfer
     from htsr_alloc.checkpoints.reading import Checkpoint
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from htsr_alloc.training.run import Trained
 
 
-def inspection(checkpoint: Checkpoint, layer_map: LayerMap, cost: Cost, moved: Transfer) -> View:
+def inspection(
+    checkpoint: Checkpoint, layer_map: LayerMap, cost: Estimate, moved: Transfer
+) -> View:
     """Layers, matrices, what is left out and why, and what an analysis will take."""
     skipped = [
         *layer_map.skipped,

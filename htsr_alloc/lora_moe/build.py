@@ -1,4 +1,4 @@
-"""allocation.json + model -> PeftModel, and what became of each layer."""
+"""allocation.json + model -> PeftModel, and a report on each layer."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ _OF_ESTIMATOR = {
     "median": ("zhou2023tempbalance",),
     "ks": ("clauset2009power",),
 }
+_OF_STRATEGY = {"alphalora": ("qing2024alphalora",)}
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def references(settings: Settings, allocations: Sequence[Allocation]) -> tuple[R
     keys += ["zhou2023tempbalance", "martin2021predicting"]
     if settings.farms:
         keys.append("hu2025farms")
-    if any(a.strategy and a.strategy.name == "alphalora" for a in allocations):
-        keys.append("qing2024alphalora")
+    for strategy in (a.strategy for a in allocations if a.strategy):
+        keys += _OF_STRATEGY.get(strategy.name, ())
     if allocations:
         keys.append("gao2025mola")
     return tuple(known()[key] for key in dict.fromkeys(keys))

@@ -86,7 +86,7 @@ def parse(data: Any, line: int = 1) -> Row:
         ValueError: it has none of the shapes; the text goes on from "line 3 ...".
     """
     if not isinstance(data, dict):
-        raise ValueError("is no object")
+        raise ValueError("is not an object")
     prompt, messages = None, ()
     if "messages" in data:
         messages = _messages(data["messages"])
@@ -118,13 +118,13 @@ def _text(data: Mapping[str, Any], name: str) -> str:
     if name not in data:
         raise ValueError(f"has no {name}")
     if not isinstance(data[name], str):
-        raise ValueError(f"has a {name} that is no text")
+        raise ValueError(f"has a {name} that is not text")
     return data[name]
 
 
 def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError("has messages that are no list")
+        raise ValueError("has messages that are not a list")
     for message in value:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(name), str) for name in ("role", "content")
@@ -138,7 +138,7 @@ def _choices(data: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError("has fewer than two choices")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError("has a choice that is no text")
+        raise ValueError("has a choice that is not text")
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise ValueError("has choices without an answer that counts from 0")
     if not 0 <= answer < len(choices):

@@ -71,7 +71,7 @@ def laid_out(draw: Any) -> bytes:
 
 
 def header(data: bytes) -> bool:
-    """As the safetensors library decides; stricter only where a name or key stands twice."""
+    """As the safetensors library decides; stricter only on a duplicate name or key."""
     try:
         deserialize(data)
         theirs = True
