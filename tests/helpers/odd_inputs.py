@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.bad_inputs import ESCAPE, Build, entry, good, weights
+from helpers.bad_inputs import ESCAPE, Build, good
 
 ODD: dict[str, tuple[Build, str]] = {}
 
