@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from htsr_alloc import files
-from htsr_alloc.analysis.cost import flops
+from htsr_alloc.analysis.cost import flops, transfer
 from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Ranks
 from htsr_alloc.analysis.journal import Entry, Journal, another
@@ -161,6 +161,7 @@ def analyze(
     # What cannot run is refused before the journal, which would refuse the right settings later.
     fit(np.ones(0), settings.estimator, settings.bins)
     check_engine(settings.engine, settings.device)
+    transfer(checkpoint, layer_map.matrices)  # offline, what the cache lacks is named
     if output is not None:
         output.check(checkpoint.paths)
     identity = _identity(checkpoint, settings)

@@ -68,7 +68,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def finish(folder: Path, base: Base, facts: Sequence[str], allocation: Allocation | None) -> None:
-    """Add the tokenizer and a card to a saved adapter, and name its base.
+    """Add the base's tokenizer, if it has one, and a card to a saved adapter, and name its base.
 
     Args:
         facts: lines of the card: how it was made and what came of it.
@@ -76,14 +76,15 @@ def finish(folder: Path, base: Base, facts: Sequence[str], allocation: Allocatio
     Raises:
         HtsrError: a folder without an adapter, or a file that cannot be written.
     """
-    from htsr_alloc.training.tokens import open_tokenizer
+    from htsr_alloc.training.tokens import has_tokenizer, open_tokenizer
 
     config = config_of(folder)
     config["base_model_name_or_path"] = base.name
     if base.on_hub:
         config["revision"] = base.revision
     with whole_files(folder) as made:
-        open_tokenizer(base.folder).save_pretrained(str(made))
+        if has_tokenizer(base.folder):
+            open_tokenizer(base.folder).save_pretrained(str(made))
         files.write_text(made / CARD, card(config, base, facts, allocation))
         files.write_text(made / CONFIG, json.dumps(config, indent=2) + "\n")
 

@@ -28,6 +28,11 @@ class Example:
     labels: list[int]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer of its own, or a GGUF file that may hold one."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES) or any(folder.glob("*.gguf"))
+
+
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder; that of its one GGUF file if it has no other.
 

@@ -293,7 +293,7 @@ def test_every_new_option_from_the_command_line(data, invoke):
         ("--T", 160, "--scores", "s.json"): {"T": 160, "scores": read_scores(data / "s.json")},
     }  # fmt: skip
     for arguments, request in cases.items():
-        done = invoke("allocate", "smollm2.metrics.json", *arguments, "-o", "a.json")
+        done = invoke("allocate", "smollm2.metrics.json", *arguments, "-o", "a.json", "--force")
         assert done.rc == 0, done.stderr
         found = loads(Allocation, (data / "a.json").read_text(), "a.json")
         wanted = allocate(metrics, **request)

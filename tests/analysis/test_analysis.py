@@ -505,7 +505,7 @@ def test_a_journal_without_hashes_is_refused_and_restart_helps(tmp_path):
     output.journal.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(HtsrError, match=r"htsr 0\.1\.0, without checksums") as caught:
         resumed_flags(folder, output)
-    assert "--restart" in caught.value.hint
+    assert "restart" in caught.value.hint
     count, found = resumed_flags(folder, output, restart=True)
     assert count == 0
     assert found.matrices == analyze(open_checkpoint(folder), settings()).matrices

@@ -129,7 +129,7 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
         if want is None:
             want = torch.zeros(())
         got = torch.zeros(()) if got is None else got
-        assert (got - want).abs().max() <= 2 * tolerance * max(1, want.abs().max())
+        assert (got - want).abs().max() <= 5 * tolerance * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)

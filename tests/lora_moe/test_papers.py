@@ -22,7 +22,9 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def made(system, trained=True, layers=2, **settings):
     model = tiny.llama(layers=layers, dtype=torch.float64)
-    return tiny.adapted(system, trained=trained, model=model, top_k=K, **settings)
+    if system == "em_lora":  # one linear a prompt, and eq. 6 as printed
+        settings = {"top_k": 1, "em_activation": "rational_unlimited", **settings}
+    return tiny.adapted(system, trained=trained, model=model, **{"top_k": K, **settings})
 
 
 def close(got, want, scale=1.0):

@@ -415,7 +415,7 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     assert table[4].startswith("|  | LoRA | 2 | 1,234 | 87.5% | 17.7% | +50.0% | ±")
     assert "5 of 12 cells; n = 4 test rows a task" in done.stdout
     other = invoke("study", plan.name, "--report", "--baseline", "LoRA").stdout.splitlines()
-    assert "| less LoRA |" in other[0]
+    assert "| Δ vs LoRA |" in other[0]
     assert other[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | -50.0% | ±")
     wrong = invoke("study", plan.name, "--report", "--baseline", "lora")
     assert (wrong.rc, "has no row 'lora'" in wrong.stderr) == (1, True)
