@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.choices import DTYPE
+from htsr_alloc.cli.choices import DTYPE, TASK
 from htsr_alloc.cli.options import Chat, Device
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.training import check_installed
@@ -14,16 +14,20 @@ from htsr_alloc.training import check_installed
 
 def evaluate(
     model: Annotated[Path, "Folder of the model."],
-    data: Annotated[Path, "Held-out rows, JSON lines."],
+    data: Annotated[
+        Path, "Held-out rows, JSON lines; or a folder of images, one folder for each class."
+    ],
     adapter: Annotated[
         Path | None, "Folder of a trained adapter; without it the model alone is evaluated."
     ] = None,
+    task: Annotated[str, "What to test.", TASK] = "causal-lm",
     limit: Annotated[int | None, "Number of rows to evaluate, from the first."] = None,
     batch_size: Annotated[int, "Rows of a batch."] = 32,
     max_new_tokens: Annotated[
         int | None,
         "Most tokens of a generated answer; default 2 more than the batch's longest right answer.",
     ] = None,
+    max_length: Annotated[int, "Most tokens of a classified text; longer ones are cut."] = 512,
     chat: Chat = False,
     dtype: Annotated[
         str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
@@ -35,32 +39,33 @@ def evaluate(
     """Measure accuracy on held-out rows, with its 95 % interval.
 
     Of a row with choices the model takes the one of the highest log-likelihood per character. Of
-    any other row the first line that the model writes must equal the completion.
+    any other row the first line that the model writes must equal the completion. With --task
+    classification the likeliest class must be the row's label.
 
     Examples:
         htsr evaluate --model model --data test.jsonl --adapter adapter
         htsr evaluate --model model --data test.jsonl --limit 4 --json
     """
     check_installed()
-    from htsr_alloc.training import models, tokens
-    from htsr_alloc.training.evaluate import evaluate as scored
-    from htsr_alloc.training.identity import check_base
-    from htsr_alloc.training.rows import read_rows, share_of
+    from htsr_alloc.training import models
+    from htsr_alloc.training.identity import check_base, classes_of
+    from htsr_alloc.training.rows import share_of
+    from htsr_alloc.training.tasks import readers_of
 
     models.silence()
-    rows = share_of(read_rows(data), limit)
+    read, made = readers_of(task)
+    rows = share_of(read(data), limit)
     if adapter is not None:
         check_base(adapter, model)
     where = models.device_of(device)
-    loaded: Any = models.open_causal_lm(model, models.dtype_of(dtype, where)).to(where)
+    asked = made(model, rows, classes_of(adapter or model), max_length, chat)
+    loaded: Any = asked.open_model(models.dtype_of(dtype, where)).to(where)
     if adapter is not None:
         loaded = models.open_adapter(loaded, adapter).to(where)
-    tokenizer = tokens.open_tokenizer(model)
     with screen.counting(len(rows)) as count:
-        score = scored(
+        score = asked.evaluate(
             loaded,
-            tokenizer,
-            tokens.as_chat(rows) if chat else rows,
+            rows,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             progress=count,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 
@@ -16,6 +16,8 @@ from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, system_of
 from htsr_alloc.lora_moe.systems.base import choose, positive
 
 FORMAT_VERSION = 1
+T = TypeVar("T")
+Setting = Annotated[T, "a setting"]  # what ``htsr train --set`` and a study's rows may give
 
 
 @dataclass
@@ -64,19 +66,19 @@ class LoraMoeConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     num_experts: int = 8
     expert_pattern: dict[str, int] = field(default_factory=dict)
-    top_k: int = 2
+    top_k: Setting[int] = 2
     top_k_pattern: dict[str, int] = field(default_factory=dict)
     system: str = DEFAULT
-    router_aux_loss_coef: float | None = None
-    router_aux_loss_reduction: str = "layers"
-    init_lora_weights: bool | Literal["gaussian"] = True
-    goat_segment: str = "O"
-    goat_rho: float = 10.0
-    goat_eta: float = 1.0
-    goat_scale: str = "theorem"
-    em_pooler: str = "attention"
-    em_weighting: str = "prob"
-    em_dora: bool = False
+    router_aux_loss_coef: Setting[float | None] = None
+    router_aux_loss_reduction: Setting[str] = "layers"
+    init_lora_weights: Setting[bool | Literal["gaussian"]] = True
+    goat_segment: Setting[str] = "O"
+    goat_rho: Setting[float] = 10.0
+    goat_eta: Setting[float] = 1.0
+    goat_scale: Setting[str] = "theorem"
+    em_pooler: Setting[str] = "attention"
+    em_weighting: Setting[str] = "prob"
+    em_dora: Setting[bool] = False
     modules_to_save: list[str] | None = None
     check_base: bool = True
     base_probe: dict[str, Any] | None = None
@@ -157,6 +159,13 @@ class LoraMoeConfig(PeftConfig):
                 "Upgrade htsr_alloc.",
             )
         return super().check_kwargs(**kwargs)
+
+
+SETTINGS: dict[str, Any] = {  # name -> type
+    name: get_args(hint)[0]
+    for name, hint in get_type_hints(LoraMoeConfig, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
 
 
 def matches(pattern: str, module: str) -> bool:

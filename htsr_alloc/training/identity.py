@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
@@ -39,6 +40,24 @@ def weights_of(folder: Path) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
+def classes_of(folder: Path) -> tuple[str, ...] | None:
+    """The classes that ``htsr train`` wrote beside what it trained; None where it wrote none."""
+    path = folder / RUN
+    if not path.is_file():
+        return None
+    return tuple(_run(path).get("labels") or ()) or None
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(files.read_bytes(path))
+    except ValueError:
+        run = None
+    if not isinstance(run, dict):
+        raise HtsrError(f"{path} is not a run's file.", "Train again.")
+    return run
+
+
 def check_base(adapter: Path, model: Path) -> None:
     """Refuse an adapter that ``htsr train`` made on other weights than the model's.
 
@@ -50,10 +69,7 @@ def check_base(adapter: Path, model: Path) -> None:
     path = adapter / RUN
     if not path.is_file():
         return
-    try:
-        was = json.loads(files.read_bytes(path)).get("weights")
-    except (ValueError, AttributeError):
-        raise HtsrError(f"{path} is not a run's file.", "Train again.") from None
+    was = _run(path).get("weights")
     if was is not None and was != weights_of(model):
         raise HtsrError(
             f"{adapter} was trained on other weights than those in {model}.",

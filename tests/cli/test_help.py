@@ -143,7 +143,7 @@ def test_the_recipe_s_options_are_its_fields():
     for field in dataclasses.fields(Recipe):
         assert options[field.name].default == field.default
         assert flags(field.name)[0] in options[field.name].opts
-    assert options["r"].default == 8
+    assert options["max_length"].default == 512
 
 
 def test_help_texts_are_phrases():

@@ -14,6 +14,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts, gates, init
 
 Shape = tuple[int, ...]
+BALANCE = ("router_aux_loss_coef", "router_aux_loss_reduction")
 
 
 class Inputs(NamedTuple):
@@ -66,6 +67,9 @@ class System:
         budget_knob: what a study changes to meet a budget of parameters.
         budget_experts: experts of each layer while the rank is changed; None: as allocated.
         bilevel: whether some of its parameters learn from validation rows.
+        settings: which of the configuration's settings it uses.
+        defaults: what its paper trains with, where that is not AlphaLoRA's: of ``r``,
+            ``lora_alpha``, ``lora_dropout`` and ``learning_rate``. ``htsr train`` takes them.
     """
 
     name: ClassVar[str]
@@ -80,6 +84,8 @@ class System:
     budget_knob: ClassVar[Literal["experts", "rank"] | None] = None
     budget_experts: ClassVar[int | None] = None
     bilevel: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ("top_k", *BALANCE, "init_lora_weights")
+    defaults: ClassVar[Mapping[str, float]] = {}
 
     def check(self, config: Any) -> None:
         """Refuse settings that contradict each other or are out of range.

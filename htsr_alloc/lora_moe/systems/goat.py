@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts
 from htsr_alloc.lora_moe.linears import is_plain
-from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System, choose, positive
+from htsr_alloc.lora_moe.systems.base import (
+    BALANCE,
+    Inputs,
+    Product,
+    Shape,
+    System,
+    choose,
+    positive,
+)
 
 SEGMENTS = ("O", "P", "M", "R")
 SCALES = ("theorem", "alpha")
@@ -136,6 +144,8 @@ class Goat(System):
     title = "GOAT"
     reference = "arXiv 2502.16894, eq. 6, 9, 10 and 19"
     frozen = ("res_A", "res_B")
+    settings = ("top_k", *BALANCE, "goat_segment", "goat_rho", "goat_eta", "goat_scale")
+    defaults: ClassVar = {"learning_rate": 1e-4}  # tables 9 to 11; table 12 has 2e-5 for generation
     plus = False
 
     def check(self, config: Any) -> None:

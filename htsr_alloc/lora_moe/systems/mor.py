@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class Mor(System):
     reference = "Tang et al., MoR: Mixture of Ranks for Low-Rank Adaptation Tuning"
     trained = (*System.trained, "lambda_A", "lambda_B")
     has_top_k = False
+    settings = ()
+    defaults: ClassVar = {"lora_alpha": 32, "learning_rate": 2e-4}  # section 4.1
     balance_coef = 0.0
     targets = FEED_FORWARD
     budget_knob = "rank"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts
 from htsr_alloc.lora_moe.linears import base_weight, is_plain
-from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System, choose
+from htsr_alloc.lora_moe.systems.base import (
+    BALANCE,
+    Inputs,
+    Product,
+    Shape,
+    System,
+    choose,
+)
 from htsr_alloc.lora_moe.systems.em_lora import prompt, routers
 
 
@@ -24,6 +31,8 @@ class EmLora(System):
     reference = "Efficient Mixture of Low-Rank Adaptation"
     trained = (*System.trained, "magnitude", "pool", "numerator", "denominator")
     has_top_k = False
+    settings = (*BALANCE, "init_lora_weights", "em_pooler", "em_weighting", "em_dora")
+    defaults: ClassVar = {"r": 32, "learning_rate": 1e-4}  # section 4.3 and the appendix
     balance_coef = 1e-2
     takes_allocation = False
     budget_knob = "rank"
