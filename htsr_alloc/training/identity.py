@@ -15,7 +15,14 @@ RUN = "run.json"  # beside a trained adapter: everything that it depends on
 
 
 def content_of(path: Path) -> str:
-    """The sha256 of a file's bytes, read once a process as long as the file does not change."""
+    """The sha256 of a file's bytes, read once a process as long as the file does not change.
+
+    Of a folder: over the names and the sha256 of the files in it and in its folders.
+    """
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        pairs = [[p.relative_to(path).as_posix(), content_of(p)] for p in inside]
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     found = path.stat()
     return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
