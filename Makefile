@@ -32,7 +32,7 @@ demo: .venv/demo
 	esac; \
 	cd build/demo && \
 	echo "htsr analyze $$source" && ../../$(BIN)/htsr analyze "$$source" && \
-	echo "htsr allocate --T $(T) --beta $(BETA)" && ../../$(BIN)/htsr allocate --T $(T) --beta $(BETA)
+	echo "htsr allocate --T $(T) --beta $(BETA)" && ../../$(BIN)/htsr allocate --T $(T) --beta $(BETA) --force
 	@case "$(MODEL)" in smollm2) \
 	  echo "SmolLM2 comes from a 4-bit file: its smallest singular values are noise, its tails hold." ;; \
 	esac
@@ -51,7 +51,7 @@ train-demo: .venv/test
 	@$(BIN)/python data/checkpoints.py smollm2 --with-gguf --out $(SMOLLM2) >/dev/null
 	@$(BIN)/python data/tasks.py sarcasm >/dev/null
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/htsr allocate data/smollm2.metrics.json --T 150 -q -o $(DEMO)/allocation.json
+	$(BIN)/htsr allocate data/smollm2.metrics.json --T 150 -q --force -o $(DEMO)/allocation.json
 	$(BIN)/htsr evaluate $(LABELS)
 	$(BIN)/htsr train $(DEMO)/allocation.json --model $(SMOLLM2) \
 	  --data .cache/tasks/sarcasm/train.jsonl --steps 120 -o $(DEMO)/adapter

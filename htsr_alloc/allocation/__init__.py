@@ -5,9 +5,11 @@ docs/ALLOCATION.md has the formulas and their sources.
 """
 
 from htsr_alloc.allocation.budget import (
+    ADAPTERS,
     Budget,
     Experts,
     Params,
+    Rank,
     Share,
     parse_params,
     parse_share,
@@ -24,6 +26,7 @@ from htsr_alloc.allocation.strategies.mola import mola_counts, parse_groups
 from htsr_alloc.allocation.units import POOLS
 
 __all__ = [
+    "ADAPTERS",
     "POOLS",
     "REPAIRS",
     "STRATEGIES",
@@ -35,6 +38,7 @@ __all__ = [
     "Metric",
     "Mola",
     "Params",
+    "Rank",
     "Request",
     "Scores",
     "Share",

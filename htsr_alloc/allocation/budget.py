@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from htsr_alloc.allocation.units import cost_of, selected
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics
 
@@ -21,11 +23,13 @@ class Experts:
 class Params:
     """Trainable parameters, spent exactly or as closely from below as whole experts come.
 
-    ``r`` is the rank of one expert, on which its parameters depend.
+    ``r`` is the rank of one expert, on which its parameters depend. ``routers`` says whether
+    experts need one; plain LoRA has none.
     """
 
     total: int
     r: int = 8
+    routers: bool = True
 
     def __post_init__(self) -> None:
         check_rank(self.r)
@@ -60,13 +64,42 @@ class Share:
         return Params(math.floor(self.part * base), self.r)
 
 
-Budget = Experts | Params | Share
+@dataclass(frozen=True)
+class Rank:
+    """Ranks of plain LoRA, in place of experts: the parameters of rank ``r`` on every linear."""
+
+    r: int
+
+    def __post_init__(self) -> None:
+        check_rank(self.r, "rank")
+
+    def params(self, metrics: Metrics | None, targets: Sequence[str]) -> Params:
+        """As a number of parameters; what is shared out is one rank at a time.
+
+        Raises:
+            HtsrError: no metrics, or a target that no layer has.
+        """
+        if metrics is None:
+            raise HtsrError(
+                "The parameters of a rank are known from metrics only.",
+                "Run htsr analyze first, and name its file.",
+            )
+        uniform = cost_of(selected(metrics, targets), self.r, metrics.model, routers=False)
+        return Params(uniform.of(1), 1, routers=False)
 
 
-def check_rank(r: int) -> None:
+Budget = Experts | Params | Share | Rank
+# What is adapted -> its budgets, in words and as types. Another adapter is a row.
+ADAPTERS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "lora-moe": ("`T`, `params` or `target_share`", (Experts, Params, Share, type(None))),
+    "lora": ("`rank`", (Rank,)),
+}
+
+
+def check_rank(r: int, name: str = "r") -> None:
     """Raise HtsrError unless ``r`` is a rank."""
     if r < 1:
-        raise HtsrError(f"`r` must be at least 1, not {r}.")
+        raise HtsrError(f"`{name}` must be at least 1, not {r}.")
 
 
 def parse_params(text: str) -> int:

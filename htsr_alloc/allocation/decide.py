@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc import files
-from htsr_alloc.allocation.budget import Experts, Params, Share
+from htsr_alloc.allocation.budget import Experts, Params, Rank, Share
 from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.rounding import Bounds, repair_remainder
 from htsr_alloc.allocation.scorefile import Scores
@@ -18,6 +18,8 @@ from htsr_alloc.allocation.strategies import Plan
 from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import (
+    EXPERTS,
+    RANKS,
     Allocation,
     Evidence,
     File,
@@ -62,10 +64,16 @@ def allocate(
         source = source or File(path.name, files.sha256(path))
         metrics = loads(Metrics, files.read_bytes(path), path.name)
     strategy, asked = request.strategy, request.budget
-    budget = asked.params(metrics) if isinstance(asked, Share) else asked
+    if isinstance(asked, Rank):
+        budget = asked.params(metrics, request.targets)
+    else:
+        budget = asked.params(metrics) if isinstance(asked, Share) else asked
     prefixes = _prefixes(metrics, request)
     units = _units(metrics, prefixes, request, budget)
+    ranks = isinstance(asked, Rank)
     facts: dict[str, Any] = {"targets": request.targets or None}
+    if ranks and metrics is not None and not request.targets:  # for exports: ranks need names
+        facts["targets"] = tuple(sorted({matrix.role for matrix in metrics.matrices}))
     if request.scores is not None:
         values = request.scores.of(units, metrics)
         units = [replace(unit, score=v) for unit, v in zip(units, values, strict=True)]
@@ -74,17 +82,20 @@ def allocate(
         Sharing(units, len(prefixes), budget, request.pool, request.repair, request.bounds)
     )
     evidence = (_rows if request.pool is None else _means)(units, plan, prefixes)
-    modules = () if request.pool is None else _modules(units, plan, request.top_k)
+    most = max(plan.counts) if ranks else request.top_k  # every rank works on every token
+    modules = () if request.pool is None else _modules(units, plan, most)
     spent = None
     if isinstance(budget, Params):
         share = asked.part if isinstance(asked, Share) else None
-        spent = Parameters(budget.total, _cost(units, plan), budget.r, share)
+        r = asked.r if isinstance(asked, Rank) else budget.r
+        spent = Parameters(budget.total, _cost(units, plan), r, share)
     return Allocation(
         format=Allocation.FORMAT,
         version=Allocation.VERSION,
         budget=sum(row.experts for row in evidence),
         experts=tuple(row.experts for row in evidence),
-        top_k=tuple(min(request.top_k, row.experts) for row in evidence),
+        top_k=tuple(min(most, row.experts) for row in evidence),
+        unit=RANKS if ranks else EXPERTS,
         tool=tool,
         model=metrics.model if metrics else None,
         metrics=source,
@@ -117,7 +128,7 @@ def _units(
     request: Request,
     budget: Experts | Params | None,
 ) -> list[Unit]:
-    r = budget.r if isinstance(budget, Params) else None
+    r, routers = (budget.r, budget.routers) if isinstance(budget, Params) else (None, True)
     if request.pool is None and r is None:
         return layer_units(prefixes)
     if metrics is None:
@@ -126,9 +137,9 @@ def _units(
             "Run htsr analyze first, and name its file.",
         )
     if request.pool is not None:
-        return linear_units(metrics, request.targets, r)
+        return linear_units(metrics, request.targets, r, routers)
     assert r is not None
-    return costed_layers(metrics, request.targets, r)
+    return costed_layers(metrics, request.targets, r, routers)
 
 
 def _rows(units: Sequence[Unit], plan: Plan, prefixes: Sequence[str | None]) -> list[Evidence]:

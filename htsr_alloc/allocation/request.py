@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from htsr_alloc.allocation.budget import Budget, Experts, Params, Share, check_rank
+from htsr_alloc.allocation.budget import (
+    ADAPTERS,
+    Budget,
+    Experts,
+    Params,
+    Rank,
+    Share,
+    check_rank,
+)
 from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.scores import Metric
@@ -21,8 +29,8 @@ class Request:
 
     Attributes:
         strategy: one of ``STRATEGIES`` with its settings, as ``AlphaLora(beta=2.5)``.
-        budget: ``Experts(160)``, ``Params(10**8)`` or ``Share(0.01)``; a strategy whose settings
-            say it needs none.
+        budget: ``Experts(160)``, ``Params(10**8)`` or ``Share(0.01)``; ``Rank(16)`` for ranks of
+            plain LoRA in place of experts; None for a strategy whose settings say it.
         scores: what a strategy that uses scores goes by: a ``Metric``, by default PL_Alpha_Hill,
             or ``Scores`` of a file. None for the others.
         pool: None is a count a layer. ``role`` and ``all`` (of ``POOLS``) are a count a linear,
@@ -56,7 +64,7 @@ class Request:
         check_choice("repair", self.repair, REPAIRS)
         if self.pool is not None:
             check_choice("pool", self.pool, POOLS)
-        by_params = isinstance(self.budget, Params | Share)
+        by_params = isinstance(self.budget, Params | Share | Rank)
         if self.targets and not self.pool and not by_params:
             raise HtsrError(
                 "`targets` says which linears `per_module` or a parameter budget is about.",
@@ -64,6 +72,10 @@ class Request:
             )
         if self.repair != REMAINDER and by_params:
             raise HtsrError(f"`repair` {self.repair} repairs a sum of experts.", "Give `T`.")
+        if isinstance(self.budget, Rank) and self.top_k != 2:
+            raise HtsrError(
+                "Plain LoRA has no router, so that `top_k` means nothing.", "Remove it."
+            )
         if self.strategy.uses_scores:
             if self.scores is None:
                 object.__setattr__(self, "scores", Metric())
@@ -85,7 +97,7 @@ class Request:
     @property
     def needs_metrics(self) -> bool:
         """Whether the scores, the layers or the parameters are known from metrics only."""
-        if self.pool is not None or isinstance(self.budget, Params | Share):
+        if self.pool is not None or isinstance(self.budget, Params | Share | Rank):
             return True
         if self.strategy.uses_scores:
             return isinstance(self.scores, Metric)
@@ -100,6 +112,8 @@ class Request:
         params: int | None = None,
         target_share: float | None = None,
         r: int | None = None,
+        adapter_kind: str = "lora-moe",
+        rank: int | None = None,
         budget: Budget | int | None = None,
         metric: str | None = None,
         scores: Scores | None = None,
@@ -119,6 +133,8 @@ class Request:
                 ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
             T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
                 and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
+            adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, and ``lora`` ranks of plain
+                LoRA, whose parameters are those of ``rank`` on every linear.
             metric: see ``Metric``; ``scores`` of a file come in its place.
             per_module: a count for each linear, in a ``pool``, by default ``role``.
 
@@ -134,7 +150,7 @@ class Request:
             raise HtsrError(f"`pool` {pool} is about `per_module`.", "Give both, or neither.")
         return cls(
             _strategy(strategy, settings),
-            _budget(T, params, target_share, r, budget),
+            _budget(adapter_kind, T, params, target_share, r, rank, budget),
             Metric(metric) if metric is not None else scores,
             (pool or "role") if per_module else None,
             tuple(targets),
@@ -172,24 +188,43 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
 
 
 def _budget(
+    adapter_kind: str,
     T: int | None,
     params: int | None,
     target_share: float | None,
     r: int | None,
+    rank: int | None,
     budget: Budget | int | None,
 ) -> Budget | None:
-    """The one budget that is given, if any."""
-    given = {"T": T, "params": params, "target_share": target_share, "budget": budget}
+    """The one budget that is given, if any; it must be one of the adapter's."""
+    check_choice("adapter_kind", adapter_kind, ADAPTERS)
+    given = {
+        "T": T,
+        "params": params,
+        "target_share": target_share,
+        "rank": rank,
+        "budget": budget,
+    }
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise HtsrError(f"{' and '.join(names)} are all budgets.", "Give one of them.")
-    rank = 8 if r is None else r
-    check_rank(rank)
-    if params is not None:
-        return Params(params, rank)
-    if target_share is not None:
-        return Share(target_share, rank)
     if r is not None:
-        raise HtsrError("`r` matters to `params` and `target_share` alone.", "Leave it out.")
-    total = budget if T is None else T
-    return Experts(total) if isinstance(total, int) else total
+        check_rank(r)
+        if params is None and target_share is None:
+            raise HtsrError("`r` matters to `params` and `target_share` alone.", "Leave it out.")
+    chosen = budget if T is None else T
+    if isinstance(chosen, int):
+        chosen = Experts(chosen)
+    elif params is not None:
+        chosen = Params(params, r or 8)
+    elif target_share is not None:
+        chosen = Share(target_share, r or 8)
+    elif rank is not None:
+        chosen = Rank(rank)
+    words, kinds = ADAPTERS[adapter_kind]
+    if not isinstance(chosen, kinds):
+        raise HtsrError(
+            f"The budget of `adapter_kind` {adapter_kind} is {words}.",
+            "`rank` 16 is a budget of plain LoRA.",
+        )
+    return chosen

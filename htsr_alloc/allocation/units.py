@@ -63,7 +63,9 @@ def layer_units(prefixes: Sequence[str | None]) -> list[Unit]:
     return [Unit(i, str(i) if name is None else name) for i, name in enumerate(prefixes)]
 
 
-def costed_layers(metrics: Metrics, targets: Sequence[str], r: int) -> list[Unit]:
+def costed_layers(
+    metrics: Metrics, targets: Sequence[str], r: int, routers: bool = True
+) -> list[Unit]:
     """One unit a layer; its cost is that of one expert of rank ``r`` on each targeted linear.
 
     Raises:
@@ -78,11 +80,13 @@ def costed_layers(metrics: Metrics, targets: Sequence[str], r: int) -> list[Unit
             raise HtsrError(
                 f"{layer.prefix} has no linear to adapt.", "Name other linears as `targets`."
             )
-        units.append(Unit(layer.layer, layer.prefix, cost=cost_of(own, r, metrics.model)))
+        units.append(Unit(layer.layer, layer.prefix, cost=cost_of(own, r, metrics.model, routers)))
     return units
 
 
-def linear_units(metrics: Metrics, targets: Sequence[str], r: int | None) -> list[Unit]:
+def linear_units(
+    metrics: Metrics, targets: Sequence[str], r: int | None, routers: bool = True
+) -> list[Unit]:
     """One unit a targeted linear, in the metrics' order; with costs where ``r`` is given.
 
     Raises:
@@ -92,15 +96,15 @@ def linear_units(metrics: Metrics, targets: Sequence[str], r: int | None) -> lis
     for matrix in selected(metrics, targets):
         refuse_slices(matrix)
         name = re.sub(r"[._]?weight$", "", matrix.tensor)
-        cost = None if r is None else cost_of([matrix], r, metrics.model)
+        cost = None if r is None else cost_of([matrix], r, metrics.model, routers)
         units.append(Unit(matrix.layer, name, matrix, cost))
     if not units:
         raise HtsrError("The metrics hold no matrices.")
     return units
 
 
-def cost_of(matrices: Iterable[Matrix], r: int, model: Model) -> ExpertCost:
-    """The cost of one expert of rank ``r`` on each of these linears.
+def cost_of(matrices: Iterable[Matrix], r: int, model: Model, routers: bool = True) -> ExpertCost:
+    """The cost of one expert of rank ``r`` on each of these linears, with or without routers.
 
     Raises:
         HtsrError: a slice of a 3-d tensor, which no adapter of linears can reach.
@@ -111,7 +115,7 @@ def cost_of(matrices: Iterable[Matrix], r: int, model: Model) -> ExpertCost:
         refuse_slices(matrix)
         d_in = matrix.shape[0] if transposed else matrix.shape[1]
         lora += r * sum(matrix.shape)
-        router += d_in
+        router += d_in if routers else 0
     return ExpertCost(lora, router)
 
 

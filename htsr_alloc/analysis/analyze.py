@@ -29,6 +29,7 @@ from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, t
 from htsr_alloc.records.facts import check_bare_name
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
+from htsr_alloc.spectra.engines import check_engine
 from htsr_alloc.spectra.estimators import fit
 from htsr_alloc.version import __version__
 
@@ -155,7 +156,9 @@ def analyze(
     if isinstance(output, (str, Path)):
         output = RunFiles(Path(output))
     layer_map = plan(checkpoint, settings)
-    fit(np.ones(0), settings.estimator, settings.bins)  # refuse a wrong estimator before the work
+    # What cannot run is refused before the journal, which would refuse the right settings later.
+    fit(np.ones(0), settings.estimator, settings.bins)
+    check_engine(settings.engine, settings.device)
     if output is not None:
         output.check(checkpoint.paths)
     identity = _identity(checkpoint, settings)

@@ -234,7 +234,7 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return "3-d, and not a stack of experts (convolution?)"
     if dims == 3 and 0 in ref.shape:
         return "empty"
-    if mixture and re.search(rf"\.{ROUTER_NAMES}$", base) and "expert" not in base.split(".")[-2]:
+    if mixture and is_router(base):
         return "router"
     if dims == 2 and not name.endswith("weight"):
         return "2-d, but not named a weight"
@@ -243,6 +243,17 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
 
 def _is_expert(ref: TensorRef) -> bool:
     return len(ref.shape) == 3 or _expert_position(ref.name) is not None
+
+
+def is_router(module: str) -> bool:
+    """Whether a module of a block that has experts is their router, or a gate, by its full name."""
+    named = re.search(rf"\.{ROUTER_NAMES}$", module) is not None
+    return named and "expert" not in module.split(".")[-2]
+
+
+def is_numbered_expert(module: str) -> bool:
+    """Whether a module is one of a mixture's experts, or a part of one, by its full name."""
+    return _expert_position(module) is not None
 
 
 def _names(pattern: str, base: str) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.choices import POOL, REPAIR, STRATEGY
+from htsr_alloc.cli.choices import ADAPTER, POOL, REPAIR, STRATEGY
 from htsr_alloc.cli.options import OutFile
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
+
+if TYPE_CHECKING:
+    from htsr_alloc.records import Allocation
 
 
 def allocate(
@@ -29,6 +33,15 @@ def allocate(
     ] = None,
     r: Annotated[
         int | None, "Rank r of one expert, for --params and --target-share; default 8."
+    ] = None,
+    adapter_kind: Annotated[
+        str,
+        "What gets the budget: experts of a LoRA mixture, or ranks of plain LoRA (with --rank).",
+        ADAPTER,
+    ] = "lora-moe",
+    rank: Annotated[
+        int | None,
+        "Budget of --for lora: as many trainable parameters as this rank on every linear.",
     ] = None,
     beta: Annotated[float | None, "Exponent beta of eq. 6; default 2.5."] = None,
     spread: Annotated[
@@ -55,8 +68,8 @@ def allocate(
     repair: Annotated[
         str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
     ] = "remainder",
-    low: Annotated[int, "Fewest experts of a layer."] = 1,
-    high: Annotated[int | None, "Most experts of a layer."] = None,
+    low: Annotated[int, "Fewest experts, or lowest rank, of a layer."] = 1,
+    high: Annotated[int | None, "Most experts, or highest rank, of a layer."] = None,
     top_k: Annotated[int, "Experts K that a token uses at most."] = 2,
     groups: Annotated[str | None, "Groups of the mola strategy, as 2468 or 4-6-8-10."] = None,
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
@@ -67,15 +80,16 @@ def allocate(
     draws: Annotated[int | None, "Bootstrap draws of --sensitivity; default 200."] = None,
     seed: Annotated[int | None, "Seed of the bootstrap; default 0."] = None,
     output: OutFile = None,
+    force: Annotated[bool, "Replace an output file that differs."] = False,
     *,
     screen: Screen,
 ) -> None:
-    """Turn scores into experts per layer and write MODEL.allocation.json.
+    """Turn scores into experts, or ranks, per layer and write MODEL.allocation.json.
 
     Examples:
         htsr allocate --T 160 --beta 2.5
         htsr allocate smollm2.metrics.json --params 10M --per-module --target q_proj -o -
-        htsr allocate --strategy mola --groups 2468 --layers 32
+        htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
 
@@ -96,6 +110,8 @@ def allocate(
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
+        adapter_kind=adapter_kind,
+        rank=rank,
         metric=metric,
         scores=given,
         per_module=per_module,
@@ -139,9 +155,28 @@ def allocate(
         screen.text(records.dumps(result))
         return
     path = output or Path(f"{stem}.allocation.json")
+    _refuse_to_replace(path, result, force)
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))
     screen.note(f"wrote {path}")
+
+
+def _refuse_to_replace(path: Path, result: Allocation, force: bool) -> None:
+    """Keep another allocation; only dates and the hash of the metrics may differ."""
+    from htsr_alloc import files, records
+
+    if force or not path.is_file():
+        return
+    try:
+        there = records.loads(records.Allocation, files.read_bytes(path), path.name)
+    except HtsrError:  # whatever it is, it is not this allocation
+        there = None
+    origin = {"tool": None, "metrics": None}
+    if there is None or replace(there, **origin) != replace(result, **origin):
+        raise HtsrError(
+            f"{path} is there and differs from this allocation.",
+            "Give --force to replace it, or another file with -o.",
+        )
 
 
 def _refuse_idle(idle: dict[str, bool]) -> None:

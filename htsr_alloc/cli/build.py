@@ -21,8 +21,8 @@ def build(
     dry_run: Annotated[bool, "Only show what each layer would get."] = False,
     system: Annotated[str, "LoRA-MoE system to build.", SYSTEM] = "alphalora",
     target: Target = None,
-    r: LoraR = Lora.r,
-    lora_alpha: LoraAlpha = Lora.lora_alpha,
+    r: LoraR = None,
+    lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = Lora.lora_dropout,
     output: Annotated[Path | None, "Folder of the adapter to write."] = None,
     control: Annotated[
@@ -50,7 +50,8 @@ def build(
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")
     base = empty_model(model) if dry_run else open_model(model)
     prefixes = resolve_layers(base, loaded)
-    settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    lora = Lora.of(loaded, r, lora_alpha, lora_dropout)
+    settings = {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
     text = None
     if control is not None:
         text = plain_lora(base, loaded, target_modules=target, **settings)  # type: ignore[arg-type]

@@ -103,6 +103,7 @@ def filled(text: str) -> str:
     return MARK.sub(listed, text)
 
 
+ADAPTER = Choice("adapter", "allocation.budget:ADAPTERS")
 DTYPE = Choice("dtype", "training.settings:DTYPES")
 ENGINE = Choice("engine", "spectra.engines:ENGINES")
 ESTIMATOR = Choice("estimator", "spectra.estimators:ESTIMATORS")

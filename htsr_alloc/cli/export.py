@@ -10,7 +10,7 @@ import typer
 from htsr_alloc.allocation.exports import EXPORTS, Lora
 from htsr_alloc.cli.choices import EXPORT
 from htsr_alloc.cli.opening import Hub, layer_map_of
-from htsr_alloc.cli.options import LoraDropout, LoraR, OutFile, Quiet, Target
+from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ def export(
         str | None, "Checkpoint against whose module names the patterns are checked."
     ] = None,
     target_modules: Target = None,
-    r: LoraR = Lora.r,
-    lora_alpha: Annotated[int, "LoRA's alpha: the scale of an expert is alpha / r."] = (
-        Lora.lora_alpha
-    ),
+    r: LoraR = None,
+    lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = Lora.lora_dropout,
     output: OutFile = None,
     quiet: Quiet = False,
@@ -44,7 +42,7 @@ def export(
     from htsr_alloc import files, records
 
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
-    lora = Lora(r, lora_alpha, lora_dropout, tuple(target_modules or ()))
+    lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target_modules or ())
     modules = modules_of(hub.open(model)) if model is not None else None
     Screen(quiet=quiet).save(EXPORTS[to](loaded, lora, modules), output)
 

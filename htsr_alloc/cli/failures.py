@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,7 +20,6 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.cli.secrets import redacted
 from htsr_alloc.errors import HtsrError
 
-GOES_ON = "the same command goes on where this one stopped."
 _received: list[int] = []  # signals that asked us to stop
 
 
@@ -59,15 +59,48 @@ def ends_well(function: Callable[..., None]) -> Callable[..., None]:
         except BaseException as error:
             if os.environ.get("HTSR_DEBUG") == "1":
                 sys.stderr.write(redacted(traceback.format_exc(), token))
+            if isinstance(error, KeyboardInterrupt) or _received:
+                # An import that a signal cuts short may turn it into an error of its own.
+                kept = KEPT.get(function.__name__, lambda **_: "")(**arguments)
+                raise typer.Exit(say_stopped(kept)) from None
             raise _ending(error, inspect.signature(function).parameters) from None
 
     return run
 
 
-def say_stopped() -> int:
-    """Say that a signal ended the command; the exit code."""
+def _journal_is_kept(output: Path | None = None, **_: Any) -> str:
+    """``analyze``: without a file to write it has no journal."""
+    return "" if str(output) == "-" else "the same command goes on where this one stopped."
+
+
+def _results_are_kept(**_: Any) -> str:
+    """``study``: a line for each finished cell."""
+    return "the same command goes on where this one stopped."
+
+
+def _checkpoint_is_kept(output: Path, **_: Any) -> str:
+    """``train``: what ``--resume`` would find."""
+    from htsr_alloc.training import saves
+
+    kept, _broken = saves.newest_whole(output / saves.CHECKPOINTS)
+    if kept is None:
+        return "no checkpoint is whole yet, so that the same command starts from the beginning."
+    return f"{kept.name} is kept: the same command with --resume continues from it."
+
+
+# What is kept of an interrupted command, told from its arguments; of the others nothing is.
+KEPT: dict[str, Callable[..., str]] = {
+    "analyze": _journal_is_kept,
+    "study": _results_are_kept,
+    "train": _checkpoint_is_kept,
+}
+
+
+def say_stopped(kept: str = "") -> int:
+    """Say that a signal ended the command, and what is kept; the exit code."""
     number = _received[0] if _received else signal.SIGINT
-    Screen().warn(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {GOES_ON}")
+    said = "terminated" if number == signal.SIGTERM else "interrupted"
+    Screen().warn(f"{said}; {kept}" if kept else f"{said}.")
     return 128 + number
 
 
@@ -78,9 +111,6 @@ def _ending(error: BaseException, parameters: Collection[str]) -> BaseException:
         The exit that follows; an unknown error stays what it is.
     """
     screen = Screen()
-    # An import that a signal cuts short may turn it into an error of its own.
-    if isinstance(error, KeyboardInterrupt) or _received:
-        return typer.Exit(say_stopped())
     if isinstance(error, MemoryError):
         error = HtsrError("There was not enough memory.", "What an analysis finished is kept.")
     if isinstance(error, HtsrError):

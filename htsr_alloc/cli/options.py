@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from htsr_alloc.cli.choices import Choice, filled
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
+    "adapter_kind": ["--for"],
     "T": ["--T"],
     "as_json": ["--json"],
     "high": ["--max"],
@@ -46,8 +47,12 @@ Source = Annotated[
 ]
 Quiet = Annotated[bool, "Print no notes and no progress."]
 Strict = Annotated[bool, "Exit with code 3 when a matrix could not be fitted."]
-LoraR = Annotated[int, "Rank r of one expert. Under torchrun write --lora-r."]
-LoraAlpha = Annotated[float, "LoRA's alpha: the scale of an expert is alpha / r."]
+LoraR = Annotated[Optional[int], "Rank r of one expert; default 8. Under torchrun write --lora-r."]
+LoraAlpha = Annotated[
+    Optional[float],
+    "LoRA's alpha, whose scale is alpha / r; default 16. Of ranks r is the uniform rank, and the "
+    "default twice that.",
+]
 LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
     list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."

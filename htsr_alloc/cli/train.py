@@ -73,6 +73,7 @@ def train(
         torchrun --nproc-per-node 2 -m htsr_alloc train model.allocation.json --model model --data train.jsonl
     """  # noqa: E501
     check_installed()
+    from htsr_alloc.lora_moe.build import load
     from htsr_alloc.training import models
     from htsr_alloc.training import run as running
     from htsr_alloc.training.methods import adapter_for, recipe_for
@@ -80,6 +81,7 @@ def train(
     models.silence()
     adapter = adapter_for(
         system,
+        None if allocation is None else load(allocation),
         target=target or (),
         settings=_pairs(settings or ()),
         r=r,

@@ -118,6 +118,9 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
     ]
     name = "module" if result.modules else "prefix"
     columns = ["layer", name, "score", "quota", "experts", "top_k", ""]
+    if result.holds_ranks:  # all ranks work on every token
+        columns = ["layer", name, "score", "quota", "rank", ""]
+        rows = [[*row[:5], row[6]] for row in rows]
     tables = [Table(columns, rows, left=[name, ""])]
     notes = []
     if found is not None:
@@ -131,12 +134,18 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
         said = [f"{key} {_said(value)}" for key, value in given.items()]
         said += [f"scores {strategy.scores.file}"] if strategy.scores else []
         said += ["FARMS windows"] if strategy.farms else []
-        line = f"{strategy.name}: T = {result.budget} over {len(result.experts)} layers"
+        what = "ranks" if result.holds_ranks else "T"
+        line = f"{strategy.name}: {what} = {result.budget} over {len(result.experts)} layers"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
     if result.parameters is not None:
         money = result.parameters
         notes.append(
-            f"{money.spent:,} of {money.asked:,} parameters at r = {money.r}, routers included"
+            f"{money.spent:,} of {money.asked:,} parameters"
+            + (
+                f", those of rank {money.r} on every linear"
+                if result.holds_ranks
+                else f" at r = {money.r}, routers included"
+            )
         )
     return View(data, tables, notes)
 

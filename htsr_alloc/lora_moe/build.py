@@ -54,6 +54,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
             the model, or there is more than one of it; a system that takes no allocation.
     """
     allocation = load(allocation)
+    export.refuse_ranks("A mixture", allocation)
     for name in ("num_experts", "expert_pattern"):
         if name in config:
             raise HtsrError(f"build takes {name} from the allocation.", "Remove it.")
@@ -137,7 +138,7 @@ def control(
     allocation: Allocation | str | Path,
     *,
     r: int = export.Lora.r,
-    lora_alpha: int = export.Lora.lora_alpha,
+    lora_alpha: float = export.Lora.lora_alpha,
     lora_dropout: float = export.Lora.lora_dropout,
     target_modules: Sequence[str] | None = None,
 ) -> str:

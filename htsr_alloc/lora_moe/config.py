@@ -43,10 +43,13 @@ class LoraMoeConfig(PeftConfig):
             "layers" sums over layers the mean of a layer's modules (as MoLA does), "sum" adds
             all modules (GOAT), "mean" averages them.
         init_lora_weights: True for kaiming(a=√5), "gaussian" for normal of deviation 1/r.
-        goat_segment: O, P, M or R: which singular directions the experts get.
-        goat_rho: ρ of GOAT's eq. 10.
+        goat_segment: O, P, M or R: which singular directions the experts get; "zero" starts B
+            at 0 as theorem 3.5 does, with the same scale.
+        goat_rho: ρ of GOAT's eq. 19.
         goat_eta: η of its scale √(3 d_in η / r).
         goat_scale: "theorem" for that scale, "alpha" for lora_alpha / r as the released scripts.
+        goat_mixture: False makes the segments one LoRA of rank N r, without a router.
+        mor_router: "learnt", or "mean", which gives every expert the gate 1 / N.
         em_pooler: attention, mean, max or last: how EM-LoRA's router reads a prompt.
         em_weighting: "prob" or "straight_through", what multiplies the chosen expert.
         em_dora: EM-DoRA, the experts being DoRA.
@@ -76,6 +79,8 @@ class LoraMoeConfig(PeftConfig):
     goat_rho: Setting[float] = 10.0
     goat_eta: Setting[float] = 1.0
     goat_scale: Setting[str] = "theorem"
+    goat_mixture: Setting[bool] = True
+    mor_router: Setting[str] = "learnt"
     em_pooler: Setting[str] = "attention"
     em_weighting: Setting[str] = "prob"
     em_dora: Setting[bool] = False

@@ -58,7 +58,7 @@ def router_logits(x: Tensor, router: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def top_k_softmax(logits: Tensor, k: int) -> Routing:
-    """The k largest of p, renormalised to sum to 1 (MoLA, arXiv 2402.08562, eq. 3; GOAT eq. 6).
+    """The k largest of p, renormalised to sum to 1 (MoLA, arXiv 2402.08562, eq. 3; GOAT eq. 10).
 
     p_i / Σ_chosen p is the softmax over the chosen logits alone, and is computed so. With k = N
     this is the dense softmax. Ties go to one expert, never to more than k.

@@ -98,19 +98,46 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         base = result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return base
+        if self.state.tenants is not None:
+            return self.mixed(x, base)
         for adapter in self.active_adapters:
             if adapter in self.mixture:
                 result = self.adapt(result, x, adapter, base)
         return result.to(base.dtype)
 
-    def adapt(self, result: Tensor, x: Tensor, adapter: str, base: Tensor) -> Tensor:
-        """``result`` plus Δ(x) of one adapter; ``base`` is W₀x. (..., d_out)."""
+    @property
+    def acting(self) -> list[str]:
+        """The adapters that answer now: those that a batch's rows name, or else the active ones."""
+        tenants = self.state.tenants
+        return self.active_adapters if tenants is None else list(dict.fromkeys(tenants.names))
+
+    def mixed(self, x: Tensor, base: Tensor) -> Tensor:
+        """W₀x plus, on each row of the batch, Δ(x) of that row's adapter. (..., d_out)."""
+        tenants, now = self.state.tenants, self.state.current
+        assert tenants is not None
+        axis, rows = tenants.rows(x, now.batch, self.name, self.state.time_first)
+        result = base
+        for adapter, index in rows:
+            if adapter in self.mixture:
+                own = base.index_select(axis, index)
+                made = self.adapt(own, x.index_select(axis, index), adapter, own, index)
+                result = result.index_copy(axis, index, made.to(base.dtype))
+        return result
+
+    def adapt(
+        self, result: Tensor, x: Tensor, adapter: str, base: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """``result`` plus Δ(x) of one adapter; ``base`` is W₀x. (..., d_out).
+
+        Args:
+            rows: which rows of the batch these are; None: all.
+        """
         own = x
         if not torch.is_autocast_enabled(x.device.type):
             own = x.to(self.lora_moe_A[adapter].dtype)
         dropped = self.lora_moe_dropout[adapter](own) if self.training else own
         system = self.mixture[adapter].system
-        return system.delta(self, adapter, result, Inputs(x, own, dropped, base))
+        return system.delta(self, adapter, result, Inputs(x, own, dropped, base, rows))
 
     def route(self, x: Tensor, adapter: str) -> gates.Routing:
         """The router's decision on every token of x (..., d_in); needs N > 1."""
@@ -129,8 +156,8 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         how, now = self.mixture[adapter], self.state.current
         loss = weight * balance.load_balance(
             routing.probs.flatten(0, -2),
-            routing.chosen.flatten(0, -2),
-            now.mask(routing.weights.shape[:-1], self.name) if masked else None,
+            how.system.counted(routing).flatten(0, -2),
+            self.state.mask(routing.weights.shape[:-1], self.name) if masked else None,
             how.top_k if how.system.has_top_k else 1,
         )
         self.router_aux_loss = loss.detach()

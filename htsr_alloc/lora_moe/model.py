@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import probe
@@ -19,6 +22,7 @@ from htsr_alloc.lora_moe.passes import PassHooks
 from htsr_alloc.lora_moe.register import NAME, register
 from htsr_alloc.lora_moe.state import STATE, RouterState
 from htsr_alloc.lora_moe.systems import SYSTEMS
+from htsr_alloc.lora_moe.tenants import BASE, Tenants
 
 
 class LoraMoeModel(BaseTuner):
@@ -31,6 +35,52 @@ class LoraMoeModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, with its hooks, which peft 0.20 would leave out."""
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's door for ``adapter_names``, in forward and in generate.
+
+        Raises:
+            HtsrError: an adapter that the model does not have, another number of names than rows,
+                or a model in training.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        state, wrappers = state_of(self.model), []
+        state.tenants = tenants = self._tenants(names, [*args, *kwargs.values()])
+
+        def name_rows(module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
+            return given, {**named, "adapter_names": tenants.repeated(len(given[0]))}
+
+        for module in self.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                wrappers.append(module.register_forward_pre_hook(name_rows, with_kwargs=True))
+        try:
+            yield
+        finally:
+            state.tenants = None
+            for handle in wrappers:
+                handle.remove()
+
+    def _tenants(self, names: Any, given: list[Any]) -> Tenants:
+        if self.training:
+            raise HtsrError("adapter_names cannot be used in training.", "Call model.eval().")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise HtsrError(f"adapter_names must be a list of names, not {names!r}.")
+        known = sorted({name for layer in layers_of(self.model) for name in layer.mixture})
+        for name in names:
+            if name != BASE and name not in known:
+                raise HtsrError(
+                    f"adapter_names has {name!r}, and the model has no such adapter.",
+                    f"Choose from {', '.join([*known, BASE])}.",
+                )
+        tenants = Tenants(names)
+        for x in given:  # of generate, before it repeats the rows; forward may hide its own
+            if isinstance(x, Tensor) and x.dim() > 1:
+                tenants.check(len(x))
+        return tenants
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None:
@@ -136,7 +186,7 @@ def state_of(model: nn.Module) -> RouterState:
     """The state that the model's layers share; on first use its hooks are put on the model."""
     state = getattr(model, STATE, None)
     if state is None:
-        state = RouterState()
+        state = RouterState(model)
         hooks = PassHooks(model, state)
         setattr(model, STATE, state)
         state.handles = [

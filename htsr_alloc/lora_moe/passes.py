@@ -80,7 +80,12 @@ class PassHooks:
                 masks[name] = mask
         device = next(model.parameters()).device
         before = self.state.current
-        self.state.current = now = Pass(masks, device)
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+        tokens = next((given[name] for name in names if given.get(name) is not None), None)
+        batch = None if tokens is None or tokens.dim() < 2 else (tokens.shape[0], tokens.shape[1])
+        if self.state.tenants is not None and batch is not None:
+            self.state.tenants.check(batch[0])
+        self.state.current = now = Pass(masks, device, batch)
         for hook in self.state.before_pass:
             hook(given, now, before)
         labels, items = given.get("labels"), given.get("num_items_in_batch")

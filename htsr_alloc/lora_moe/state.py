@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.gates import Routing
+from htsr_alloc.lora_moe.tenants import Tenants
+from htsr_alloc.lora_moe.tokens import (
+    DECODER,
+    ENCODER,
+    batch_axis,
+    mask_name,
+    puts_time_first,
+    spread,
+    without_padding,
+)
+
+__all__ = ["DECODER", "ENCODER", "STATE", "Generation", "Pass", "RouterState", "state_in"]
 
 STATE = "lora_moe_state"  # attribute of the adapted model
-ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
-# Keys and values of attention over an encoder's states.
-CROSS_ATTENTION = re.compile(
-    r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|k_proj|v_proj|key|value)$"
-)
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Pass:
 
     Attributes:
         masks: 2-d token masks by argument name, (B, S); None where the model was given none.
+        batch: (B, S) of the tokens given to the model, a decoder's if it has one; None if unknown.
         scale: 0-d float32, the gradient of the model's loss times share; known in backward.
         share: this pass's part in the accumulated batch, 1 where the trainer does not say.
         prompt: (B, S), which tokens are a prompt's, for routers that choose by it; None where
@@ -47,42 +54,35 @@ class Pass:
     """
 
     def __init__(
-        self, masks: Mapping[str, Tensor | None] | None = None, device: Any = None
+        self,
+        masks: Mapping[str, Tensor | None] | None = None,
+        device: Any = None,
+        batch: tuple[int, int] | None = None,
     ) -> None:
         self.masks = dict(masks or {})
+        self.batch = batch
         self.scale = torch.ones((), device=device)
         self.share: Tensor | float = 1.0
         self.weighed = False  # whether scale is known
         self.prompt: Tensor | None = None
         self.decisions: dict[tuple[str, str], Routing] = {}
 
-    def mask(self, shape: torch.Size, name: str) -> Tensor | None:
-        """The mask (flat) of tokens shaped ``shape``, or None where the model was given none.
-
-        Raises:
-            HtsrError: masks were given and none has this shape.
-        """
-        if not self.masks:
-            return None
-        decoder = DECODER in self.masks and "decoder" in name.split(".")
-        reads_encoder = CROSS_ATTENTION.search(name) is not None
-        found = self.masks.get(DECODER if decoder and not reads_encoder else ENCODER)
-        if found is None:
-            return None
-        if found.numel() == shape.numel():
-            return found.reshape(-1)
-        raise HtsrError(
-            f"{name} sees tokens of shape {tuple(shape)}, which no attention mask describes, so "
-            "the balance loss cannot skip padding.",
-            "Exclude this module, or set router_aux_loss_coef=0.",
-        )
-
 
 class RouterState:
-    """What the layers of one model share: the current pass, and the loss since last asked."""
+    """What the layers of one model share: the current pass, and the loss since last asked.
 
-    def __init__(self) -> None:
+    Attributes:
+        unmasked: names of linears whose balance loss counted every token, padding too, because
+            they see other tokens than the batch's, or in an order that cannot be known.
+        tenants: while rows of a batch belong to different adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.current = Pass()
+        self.time_first = puts_time_first(model)
+        self.without_padding = without_padding(model)
+        self.unmasked: set[str] = set()
+        self.tenants: Tenants | None = None
         self.total: Tensor | None = None
         self.passes = 0
         self.handles: list[Any] = []  # of what was put on the model, each with remove()
@@ -94,6 +94,28 @@ class RouterState:
     def by_prompt(self) -> bool:
         """Whether an adapter is active that routes by the prompt."""
         return any(router.active() for router in self.block_routers.values())
+
+    def mask(self, shape: torch.Size, name: str) -> Tensor | None:
+        """The padding mask (flat) of tokens shaped ``shape``, which the linear ``name`` sees.
+
+        None: all count. So it is without padding, and, with one warning, for other tokens than
+        the batch's (B, S).
+        """
+        masks = self.current.masks
+        found = masks.get(mask_name(name, tuple(masks)))
+        if found is None or name.startswith(self.without_padding):
+            return None
+        axis = batch_axis(shape, (found.shape[0], found.shape[1]), name, self.time_first)
+        if axis is not None:
+            return spread(found, shape, axis)
+        if not self.unmasked:
+            warnings.warn(
+                f"{name} sees tokens of shape {tuple(shape)}, and the attention mask is of "
+                f"{tuple(found.shape)}, so its balance loss counts every token, padding too.",
+                stacklevel=2,
+            )
+        self.unmasked.add(name)
+        return None
 
     def add(self, value: Tensor) -> None:
         """Count one pass's weighted loss; nothing waits for the device."""

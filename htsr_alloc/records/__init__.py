@@ -7,7 +7,15 @@ A version stays as long as a reader of that version cannot misread a file. Withi
 added that are left out at their default; a reader that does not know such a key refuses the file.
 """
 
-from htsr_alloc.records.decisions import Allocation, Evidence, Module, Parameters, Strategy
+from htsr_alloc.records.decisions import (
+    EXPERTS,
+    RANKS,
+    Allocation,
+    Evidence,
+    Module,
+    Parameters,
+    Strategy,
+)
 from htsr_alloc.records.facts import (
     FAILED,
     MARKED,
@@ -27,10 +35,12 @@ from htsr_alloc.records.facts import (
 from htsr_alloc.records.json import as_json, dumps, loads
 
 __all__ = [
+    "EXPERTS",
     "FAILED",
     "MARKED",
     "METRICS",
     "OK",
+    "RANKS",
     "Allocation",
     "Evidence",
     "Farms",

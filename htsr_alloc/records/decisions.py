@@ -24,6 +24,10 @@ if typing.TYPE_CHECKING:
     from pandas import DataFrame
 
 
+EXPERTS: Literal["experts_per_layer"] = "experts_per_layer"
+RANKS: Literal["rank_per_layer"] = "rank_per_layer"
+
+
 @dataclass(frozen=True)
 class Strategy:
     """How an allocation was chosen; a field that the strategy does not use is null.
@@ -83,7 +87,8 @@ class Module:
 class Parameters:
     """A budget in trainable parameters: what was asked for, what the counts spend of it.
 
-    ``r`` is the rank of one expert. ``share`` is the part of the base's ``Model.parameters``
+    ``r`` is the rank of one expert; of ranks it is the uniform rank that costs ``asked``.
+    ``share`` is the part of the base's ``Model.parameters``
     that ``asked`` was computed from, or null.
     """
 
@@ -101,6 +106,9 @@ class Allocation:
     experts, and 0 only where there are none. Where ``modules`` is not empty it says more: each
     linear's own count, and that no other linear is adapted. ``experts`` are then the layers'
     means, rounded.
+
+    Where ``unit`` is ``rank_per_layer``, counts are ranks of plain LoRA: N ranks are N experts of
+    rank 1 that all work on every token, without a router.
     """
 
     format: Literal["htsr.allocation"]
@@ -108,7 +116,7 @@ class Allocation:
     budget: int
     experts: Annotated[tuple[Count, ...], Meta(min_length=1)]
     top_k: tuple[Count, ...]
-    unit: Literal["experts_per_layer"] = "experts_per_layer"
+    unit: Literal["experts_per_layer", "rank_per_layer"] = EXPERTS
     tool: Tool | None = None
     model: Model | None = None
     metrics: File | None = None
@@ -135,6 +143,11 @@ class Allocation:
         )
         return frame(rows, Evidence).assign(top_k=self.top_k)
 
+    @property
+    def holds_ranks(self) -> bool:
+        """Whether counts are ranks of plain LoRA, not experts."""
+        return self.unit == RANKS
+
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
         if sum(self.experts) != self.budget:
@@ -143,6 +156,8 @@ class Allocation:
             raise ValueError(f"top_k: {len(self.top_k)} entries for {len(self.experts)} layers")
         for i, (k, n) in enumerate(zip(self.top_k, self.experts, strict=True)):
             _check_top_k(k, n, f"top_k[{i}]")
+        if self.holds_ranks and self.parameters is None:
+            raise ValueError("parameters: ranks need them, for the uniform rank r")
         if self.evidence:
             if tuple(row.experts for row in self.evidence) != self.experts:
                 raise ValueError("evidence: its experts differ from experts")

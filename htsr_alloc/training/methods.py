@@ -167,6 +167,7 @@ class Adapter:
 
 def adapter_for(
     system: str,
+    allocation: Allocation | None = None,
     *,
     target: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
@@ -186,6 +187,10 @@ def adapter_for(
         raise HtsrError(
             f"{method.title} does not use {next(iter(named), 'target')}.", "Remove the option."
         )
-    own = {k: v for k, v in method.defaults.items() if k in given}
+    ranks = allocation is not None and allocation.holds_ranks  # with a uniform rank of their own
+    own = {k: v for k, v in method.defaults.items() if k in given and not ranks}
+    lora = Lora.of(allocation, target_modules=target, **{**own, **named})  # type: ignore[arg-type]
     read = read_settings(system, settings or {})
-    return Adapter(system, target=tuple(target), settings=read, **{**own, **named})
+    return Adapter(
+        system, lora.r, lora.lora_alpha, lora.lora_dropout, tuple(lora.target_modules), read
+    )

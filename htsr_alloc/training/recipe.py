@@ -20,7 +20,7 @@ from htsr_alloc.training.models import refuse_data_parallel
 from htsr_alloc.training.settings import LEARNING_RATE, Recipe
 from htsr_alloc.training.tokens import BucketSampler
 
-LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
+LOG = "log.jsonl"
 
 
 class Diverged(HtsrError):
@@ -125,7 +125,7 @@ def make_trainer(
     folder.mkdir(parents=True, exist_ok=True)
     steps = total_steps(len(train), recipe, processes())
     arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+        output_dir=str(folder / saves.CHECKPOINTS),
         num_train_epochs=recipe.epochs,
         max_steps=-1 if recipe.steps is None else recipe.steps,
         per_device_train_batch_size=recipe.batch_size,

@@ -20,7 +20,6 @@ from htsr_alloc.training import figure, models, saves
 from htsr_alloc.training.identity import RUN, content_of, weights_of
 from htsr_alloc.training.methods import Adapter
 from htsr_alloc.training.recipe import (
-    CHECKPOINTS,
     Recipe,
     make_trainer,
     processes,
@@ -181,7 +180,11 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
     path = run.output / RUN
     if not path.is_file():
         return None
+    checkpoint, broken = saves.newest_whole(run.output / saves.CHECKPOINTS)
     if not resume:
+        saved = (run.output / name for name in ("adapter_config.json", "config.json"))
+        if checkpoint is None and not any(path.is_file() for path in saved):
+            return None  # it was stopped before it had saved anything
         raise HtsrError(
             f"{run.output} holds a run already.", "Give --resume, or another folder with -o."
         )
@@ -195,7 +198,6 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
             "Give the same settings, or another folder with -o.",
         )
     run.adapter.refuse_resume()
-    checkpoint, broken = saves.newest_whole(run.output / CHECKPOINTS)
     if broken and is_first():
         note(f"{', '.join(path.name for path in broken)}: not whole, so not used")
     return checkpoint

@@ -9,6 +9,7 @@ from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 
 MARK = "whole.json"
+CHECKPOINTS = "checkpoints"  # in a run's folder
 
 
 def mark(folder: Path) -> None:

@@ -174,12 +174,13 @@ class Texts(Classification):
 
     def collate(self, examples: Sequence[Sample]) -> dict[str, Tensor]:
         """The tokenizer's tensors, (B, S), padded at the end; labels (B,)."""
-        longest, batch = max(example.length for example in examples), {}
-        padding = {"input_ids": tokens.pad_id(self.processor)}
-        for name in dict(examples[0].inputs):  # type: ignore[call-overload]
-            values = [list(example.inputs[name]) for example in examples]  # type: ignore[index]
-            fill = padding.get(name, 0)
-            batch[name] = torch.tensor([v + [fill] * (longest - len(v)) for v in values])
+        inputs: Any = [example.inputs for example in examples]
+        longest = max(example.length for example in examples)
+        batch: dict[str, Tensor] = {}
+        for name in inputs[0]:
+            fill = tokens.pad_id(self.processor) if name == "input_ids" else 0
+            rows = [own[name] + [fill] * (longest - len(own[name])) for own in inputs]
+            batch[name] = torch.tensor(rows)
         return {**batch, "labels": torch.tensor([example.label for example in examples])}
 
 

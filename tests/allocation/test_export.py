@@ -215,14 +215,47 @@ def test_axolotl_with_one_rank():
     assert "lora_target_linear" not in config
 
 
-def test_axolotl_with_several_ranks_starts_from_an_adapter():
-    text = to_axolotl(allocation([1, 4]), Lora())
+def as_peft(text):
+    """What axolotl 0.19 hands to ``LoraConfig`` (``_build_peft_lora_config``)."""
     config = yaml.safe_load(text)
-    assert config["lora_model_dir"] == "./adapter"
-    assert (config["lora_r"], config["lora_alpha"]) == (8, 16)
-    assert "--to peft-rank" in text
+    assert config["adapter"] == "lora"
+    return {
+        "r": config["lora_r"],
+        "lora_alpha": config["lora_alpha"],
+        "target_modules": config.get("lora_target_modules") or [x.split(".")[1] for x in LINEARS],
+        "rank_pattern": config["lora_rank_pattern"],
+        "alpha_pattern": config["lora_alpha_pattern"],
+    }
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "up_proj")])
+@pytest.mark.parametrize("with_model", [True, False])
+def test_axolotl_with_several_ranks_has_peft_s_patterns(targets, with_model):
+    experts = [1, 4, 2] + [3] * 9  # layers 1, 10 and 11 must not be mixed up
+    own = modules(12)
+    lora = Lora(r=8, lora_alpha=16, target_modules=targets)
+    config = as_peft(to_axolotl(allocation(experts), lora, own if with_model else None))
+    every = [name for names in own.values() for name in names]
+    wanted = {n for n in every if not targets or n.endswith(targets)}
+    assert targeted(config, every) == wanted
+    for name in wanted:
+        count = experts[int(name.split(".")[2])]
+        assert rank_of(config, name) == (8 * count, 16 * count)
+
+
+def test_axolotl_leaves_out_layers_without_experts():
+    config = yaml.safe_load(to_axolotl(allocation([1, 0, 4]), Lora()))
+    assert config["peft_layers_to_transform"] == [0, 2]
+    assert len(config["lora_rank_pattern"]) == 2
     with pytest.raises(HtsrError, match="nothing to train"):
         to_axolotl(allocation([0]), Lora())
+    with pytest.raises(HtsrError, match="does not say which modules"):
+        to_axolotl(allocation([1, 2], prefix=None), Lora())
+
+
+def test_axolotl_takes_whole_alphas_only():
+    with pytest.raises(HtsrError, match="whole numbers as alpha"):
+        to_axolotl(allocation([1, 2]), Lora(lora_alpha=1.5))
 
 
 # --- CSV ------------------------------------------------------------------------------------
@@ -346,10 +379,15 @@ def test_mola_has_no_words_for_linears():
         to_mola(by_linears([[3, 1]]), Lora())
 
 
-def test_axolotl_goes_by_the_adapter_folder():
+def test_axolotl_has_a_pattern_for_each_listed_linear():
     """Equal layers with unequal linears still need ranks of their own."""
-    assert "lora_model_dir" in yaml.safe_load(to_axolotl(by_linears([[3, 1], [1, 3]]), Lora()))
-    assert "lora_model_dir" in yaml.safe_load(to_axolotl(by_linears([[2, 2], [2, 2]]), Lora()))
+    made = by_linears([[3, 1], [1, 3]])
+    config = as_peft(to_axolotl(made, Lora()))
+    assert targeted(config, [n for own in modules(2).values() for n in own]) == {
+        m.name for m in made.modules
+    }
+    for module in made.modules:
+        assert rank_of(config, module.name) == (8 * module.experts, 16 * module.experts)
 
 
 def test_csv_has_a_row_a_linear():

@@ -116,10 +116,10 @@ def data(tmp_path):
 def test_sensitivity_is_shown_and_is_json(data, invoke):
     done = invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5)
     assert done.rc == 0
-    header = done.stdout.splitlines()[31].split()
+    header = done.stdout.splitlines()[32].split()
     assert header == ["layer", "prefix", "experts", "estimator", "±1", "beta", "±1",
                       "matrices", "±1"]  # fmt: skip
-    assert len(done.stdout.splitlines()) == 62
+    assert len(done.stdout.splitlines()) == 63
     assert "matrices: 5 draws, seed 0" in done.stderr
     result = json.loads(
         invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5, "--json").stdout

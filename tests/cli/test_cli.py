@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from helpers.commands import HEAVY, environment, llama, write_shards
 from safetensors.torch import save_file
 
@@ -218,7 +219,7 @@ def test_a_signal_before_any_command_has_begun(name, code):
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == code
-    assert "the same command goes on" in done.stderr
+    assert done.stderr == f"warning: {'interrupted' if name == 'SIGINT' else 'terminated'}.\n"
     assert "Traceback" not in done.stderr
 
 
@@ -543,3 +544,68 @@ def test_a_download_is_announced_after_the_weights_are_accepted(tmp_path, quanti
     assert done.rc == int(quantised), done.stderr
     assert ("to download" in done.stderr) is not quantised
     assert ("are quantised" in done.stderr) is quantised
+
+
+# --- nothing is lost, and nothing is promised ------------------------------------------------
+
+
+def test_an_allocation_that_differs_is_kept(here, invoke, tmp_path):
+    assert invoke("allocate", here.name, "--T", 9, "-q").rc == 0
+    path = tmp_path / "tiny.allocation.json"
+    first = path.read_bytes()
+    again = invoke("allocate", here.name, "--T", 9, "-q")
+    assert again.rc == 0, again.stderr
+    assert read(path).experts == loads(Allocation, first, "first").experts
+    first = path.read_bytes()
+    other = invoke("allocate", here.name, "--T", 11)
+    assert (other.rc, other.stdout) == (1, "")
+    assert "tiny.allocation.json is there and differs from this allocation." in other.stderr
+    assert "--force" in other.stderr
+    assert path.read_bytes() == first
+    assert invoke("allocate", here.name, "--T", 11, "--force").rc == 0
+    assert read(path).budget == 11
+    path.write_text("notes of mine")
+    assert invoke("allocate", here.name, "--T", 11).rc == 1
+    assert path.read_text() == "notes of mine"
+
+
+@pytest.mark.parametrize("engine", ["cuda", "gpu"])
+def test_an_engine_that_cannot_run_leaves_no_journal(model, invoke, tmp_path, engine):
+    done = invoke("analyze", model, "--engine", engine, "--device", "cpu")
+    assert done.rc in (1, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert invoke("analyze", model, "--engine", "portable", "-q").rc == 0
+
+
+@pytest.mark.parametrize("command", ["analyze", "study", "fit", "train"])
+def test_an_interrupted_command_promises_what_is_kept(command, tmp_path, monkeypatch):
+    from htsr_alloc.cli import failures
+    from htsr_alloc.training import saves
+
+    def stopped(**_):
+        raise KeyboardInterrupt
+
+    stopped.__name__ = command
+
+    def said(output):
+        with pytest.raises(typer.Exit) as end:
+            failures.ends_well(stopped)(output=output)
+        assert end.value.exit_code == 130
+        return capture.pop()
+
+    capture = []
+    monkeypatch.setattr(failures.Screen, "warn", lambda self, text: capture.append(text))
+    if command == "train":
+        assert "no checkpoint is whole yet" in said(tmp_path)
+        saved = tmp_path / saves.CHECKPOINTS / "checkpoint-7"
+        saved.mkdir(parents=True)
+        (saved / "x").write_text("weights")
+        assert "no checkpoint is whole yet" in said(tmp_path)  # half of one
+        saves.mark(saved)
+        assert "checkpoint-7 is kept: the same command with --resume" in said(tmp_path)
+    elif command == "fit":
+        assert said(None) == "interrupted."
+    else:
+        assert "the same command goes on" in said(tmp_path / "x")
+    if command == "analyze":
+        assert said("-") == "interrupted."  # no journal

@@ -76,13 +76,24 @@ def balance(logits, chosen_sets, kept, k):
     return n * loss
 
 
-def goat_residual(weight, starts, rank, rho):
-    """W_res = (s/E) Σ B_j A_j = 1/(E ρ) Σ_j Σ_{i in segment j} σ_i u_i v_iᵀ."""
+def goat_scales(weight, starts, rank, first):
+    """GOAT+'s s_i, so that s_i² σ_i is the same for every segment (eq. 82); s_1 is ``first``."""
+    sigma = torch.linalg.svdvals(weight)
+    mass = [float(sum(sigma[start : start + rank])) for start in starts]
+    return [first * math.sqrt(mass[0] / own) for own in mass]
+
+
+def goat_residual(weight, starts, rank, rho, scales=None):
+    """W_res = (1/E) Σ s_j B_j A_j = 1/(E ρ) Σ_j (s_j/s) Σ_{i in segment j} σ_i u_i v_iᵀ.
+
+    B_j and A_j are started with one s (eq. 19), ``scales[0]``; all s_j are s unless given.
+    """
     u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
     total = torch.zeros_like(weight)
-    for start in starts:
+    for j, start in enumerate(starts):
+        factor = 1 if scales is None else scales[j] / scales[0]
         for i in range(start, start + rank):
-            total = total + sigma[i] * torch.outer(u[:, i], vt[i])
+            total = total + factor * sigma[i] * torch.outer(u[:, i], vt[i])
     return total / (len(starts) * rho)
 
 

@@ -47,15 +47,26 @@ def test_residual_is_the_segments_of_the_svd(shape, segment, plus):
     start = goat.goat_start(w, 3, 2, segment=segment, scale=scale, plus=plus, generator=seed)
     ours = start.b @ (start.scales.repeat_interleave(2).unsqueeze(1) * start.a) / 3
     starts = goat.segment_starts(segment, 12, 3, 2, torch.Generator().manual_seed(5))
-    assert (ours - naive.goat_residual(w, starts, 2, 10)).abs().max() < 1e-12
-    sigma = torch.linalg.svdvals(w)
-    mass = [sum(sigma[s : s + 2]) for s in starts]
+    scales = naive.goat_scales(w, starts, 2, scale) if plus else [scale] * 3
+    assert (ours - naive.goat_residual(w, starts, 2, 10, scales)).abs().max() < 1e-12
     for j in range(3):
-        want = scale * math.sqrt(mass[0] / mass[j]) if plus else scale
-        assert float(start.scales[j]) == pytest.approx(want, rel=1e-12)
+        assert float(start.scales[j]) == pytest.approx(scales[j], rel=1e-12)
         # Balanced factors: A_j and B_j have the same singular values.
         own = torch.linalg.svdvals(start.b[:, 2 * j : 2 * j + 2])
         assert torch.allclose(own, torch.linalg.svdvals(start.a[2 * j : 2 * j + 2]))
+
+
+@pytest.mark.parametrize("segment", goat.SEGMENTS)
+def test_every_expert_of_goat_plus_has_the_same_gain(segment):
+    """Eq. 79-82: s_i² ‖A_i‖² and s_i² ‖B_i‖², which stretch expert i's gradient, are equal."""
+    start = goat.goat_start(weight((12, 20)), 3, 2, segment=segment, scale=4.0, plus=True)
+    for factors in (start.a.split(2), start.b.split(2, 1)):
+        own = zip(start.scales, factors, strict=True)
+        gains = torch.stack([s**2 * f.square().sum() for s, f in own])
+        assert torch.allclose(gains, gains[0].expand(3), rtol=1e-12, atol=0)
+    plain = goat.goat_start(weight((12, 20)), 3, 2, segment="O", scale=4.0)
+    gains = torch.stack([f.square().sum() for f in plain.a.split(2)])
+    assert gains.max() > 2 * gains.min(), "the experts of GOAT differ"
 
 
 def test_mean_gate_and_its_variance():

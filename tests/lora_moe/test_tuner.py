@@ -63,11 +63,9 @@ def formula(system, layer, x, top_k=2, rho=10.0):
         scales = [(3 * 12 / 2) ** 0.5] * n
         starts = [0, 2, 5, 7] if n * 2 > 10 else [0, 2, 4, 6]
         weight = layer.base_layer.weight.detach()
-        base = base - x @ naive.goat_residual(weight, starts, 2, rho).T
         if system == "goat_plus":
-            sigma = torch.linalg.svdvals(weight)
-            mass = [sum(sigma[s : s + 2]) for s in starts]
-            scales = [scales[0] * (mass[0] / m) ** 0.5 for m in mass]
+            scales = naive.goat_scales(weight, starts, 2, scales[0])
+        base = base - x @ naive.goat_residual(weight, starts, 2, rho, scales).T
     if system == "adamole":
         taus = x @ p["lora_moe_tau"].T + p["lora_moe_tau_bias"]
         chosen = [naive.adamole_gate(row, tau[0]) for row, tau in zip(logits, taus, strict=True)]

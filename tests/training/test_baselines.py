@@ -200,6 +200,8 @@ CHANGED = {  # a value of each setting that is not its default
     "goat_rho": 3.0,
     "goat_eta": 2.0,
     "goat_scale": "alpha",
+    "goat_mixture": False,
+    "mor_router": "mean",
     "em_pooler": "mean",
     "em_weighting": "straight_through",
     "em_dora": True,

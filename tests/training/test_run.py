@@ -121,6 +121,17 @@ def test_a_run_is_not_overwritten_nor_mixed(invoke, work):
     assert "was started with another steps: 1, not 2" in other.stderr
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(invoke, work):
+    """It left run.json, and nothing that could be lost."""
+    assert invoke(*arguments("out", "--steps", 1)).rc == 0
+    shutil.rmtree(work / "out" / "checkpoints")
+    for path in (work / "out").glob("adapter*"):
+        path.unlink()
+    done = invoke(*arguments("out", "--steps", 2))
+    assert done.rc == 0, done.stderr
+    assert json.loads((work / "out" / "run.json").read_text())["steps"] == 2
+
+
 def test_two_processes_have_the_losses_of_one(invoke, work):
     """torchrun as it is, against one process that accumulates: the same global batch."""
     same = ["--steps", 4, "--log-every", 1, "--batch-size", 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from htsr_alloc.allocation.exports.axolotl import to_axolotl
-from htsr_alloc.allocation.exports.lora import Lora, Modules
+from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_ranks
 from htsr_alloc.allocation.exports.mola import to_mola
 from htsr_alloc.allocation.exports.peft_rank import to_peft_rank
 from htsr_alloc.allocation.exports.table import to_csv
@@ -23,6 +23,7 @@ __all__ = [
     "EXPORTS",
     "Lora",
     "Modules",
+    "refuse_ranks",
     "to_axolotl",
     "to_csv",
     "to_mola",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules
+from htsr_alloc.allocation.exports.lora import Lora, Modules
+from htsr_alloc.allocation.exports.peft_rank import to_peft_rank
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
 
@@ -12,35 +15,55 @@ from htsr_alloc.records import Allocation
 def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = None) -> str:
     """The LoRA part of an axolotl configuration (YAML).
 
-    axolotl has one rank for all layers. Where the allocation needs several, the YAML starts
-    from an adapter folder made with the ``peft-rank`` export, and says how.
+    Several ranks are ``lora_rank_pattern`` and ``lora_alpha_pattern``, which axolotl (0.19) hands
+    to PEFT. Without names of linears every linear of a layer gets the layer's rank.
+
+    Raises:
+        HtsrError: nothing to train; layers whose modules are not known; an alpha that is not whole,
+            which axolotl refuses; what ``to_peft_rank`` refuses.
     """
-    refuse_modules("axolotl", modules)
     counts = [row.experts for row in allocation.modules] or allocation.experts
     present = sorted(set(counts) - {0})
     if not present:
         raise HtsrError("No layer has an expert, so that there is nothing to train.")
-    lines = ["adapter: lora", f"lora_dropout: {lora.lora_dropout:g}"]
-    if lora.target_modules:
-        lines.append(f"lora_target_modules: {json.dumps(list(lora.target_modules))}")
+    config: dict[str, Any] = {"adapter": "lora", "lora_dropout": lora.lora_dropout}
+    if modules is not None or allocation.modules or (lora.target_modules and len(present) > 1):
+        made = json.loads(to_peft_rank(allocation, lora, modules))
+        config |= {"lora_r": made["r"], "lora_alpha": made["lora_alpha"]}
+        config["lora_target_modules"] = made["target_modules"]
+        config["lora_rank_pattern"] = made["rank_pattern"]
+        config["lora_alpha_pattern"] = made["alpha_pattern"]
     else:
-        lines.append("lora_target_linear: true")
-    if len(present) == 1 and not allocation.modules:
-        lines += [f"lora_r: {lora.r * present[0]}", f"lora_alpha: {lora.lora_alpha * present[0]}"]
-        if 0 in allocation.experts:
-            chosen = [i for i, n in enumerate(allocation.experts) if n]
-            lines.append(f"peft_layers_to_transform: {json.dumps(chosen)}")
-        return "\n".join(lines) + "\n"
-    head = [
-        "# axolotl knows one rank for all layers; per-layer ranks come from an adapter folder:",
-        "#   htsr export ALLOCATION --to peft-rank --model MODEL -o lora.json",
-        '#   python -c "import json, peft, transformers as t; peft.get_peft_model('
-        "t.AutoModelForCausalLM.from_pretrained('MODEL'), "
-        "peft.LoraConfig(**json.load(open('lora.json')))).save_pretrained('./adapter')\"",
-    ]
-    lines += [
-        f"lora_r: {lora.r}",
-        f"lora_alpha: {lora.lora_alpha}",
-        "lora_model_dir: ./adapter",
-    ]
-    return "\n".join(head + lines) + "\n"
+        config |= _by_layers(allocation, lora, present)
+    alphas = [config["lora_alpha"], *config.get("lora_alpha_pattern", {}).values()]
+    if any(alpha != int(alpha) for alpha in alphas):
+        raise HtsrError(
+            "axolotl takes whole numbers as alpha, and this `lora_alpha` gives others.",
+            f"Give a multiple of {lora.r}.",
+        )
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
+
+
+def _by_layers(allocation: Allocation, lora: Lora, present: list[int]) -> dict[str, Any]:
+    """One pattern a layer at most; which linears it has is for axolotl to find."""
+    config: dict[str, Any] = {"lora_target_linear": True}
+    if lora.target_modules:
+        config = {"lora_target_modules": list(lora.target_modules)}
+    if 0 in allocation.experts:
+        chosen = [i for i, n in enumerate(allocation.experts) if n]
+        config["peft_layers_to_transform"] = chosen
+    if len(present) == 1:
+        config["lora_r"] = lora.rank(allocation, present[0])
+        config["lora_alpha"] = lora.alpha(allocation, present[0])
+        return config
+    layers = {row.prefix: row.experts for row in allocation.evidence if row.experts}
+    if not layers or None in layers:
+        raise HtsrError(
+            "The allocation does not say which modules its layers are.",
+            "Allocate from a metrics file, which knows the prefixes.",
+        )
+    keys = {rf"{re.escape(str(prefix))}\..*": n for prefix, n in layers.items()}
+    config |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+    config["lora_rank_pattern"] = {key: lora.rank(allocation, n) for key, n in keys.items()}
+    config["lora_alpha_pattern"] = {key: lora.alpha(allocation, n) for key, n in keys.items()}
+    return config

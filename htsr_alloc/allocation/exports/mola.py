@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules
+from htsr_alloc.allocation.exports.lora import Lora, Modules, refuse_modules, refuse_ranks
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
 
@@ -17,6 +17,7 @@ def to_mola(allocation: Allocation, lora: Lora, modules: Modules | None = None) 
             scripts cannot build.
     """
     refuse_modules("mola", modules)
+    refuse_ranks("MoLA's trainer", allocation)
     if allocation.modules:
         raise HtsrError(
             "MoLA's trainer has one count a layer, and this allocation one a linear.",

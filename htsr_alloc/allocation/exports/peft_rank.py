@@ -21,7 +21,8 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
     anchors them itself, as ``(.*\.)?(key)$``. A ``^`` would keep them from modules that a task
     head's class puts under a prefix (``bert.``), which would silently get the plain ``r``.
 
-    Linears that have counts of their own get ranks of their own, and no other is targeted.
+    Linears that have counts of their own get ranks of their own, and no other is targeted. Counts
+    that are ranks already stay as they are.
 
     Args:
         modules: block prefix -> full names of the linears in it. With it every module has a
@@ -66,8 +67,8 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "target_modules": [_unescaped(key) for key in ranks] if named else _any_of(ranks),
-        "rank_pattern": {key: lora.r * n for key, n in ranks.items()},
-        "alpha_pattern": {key: lora.lora_alpha * n for key, n in ranks.items()},
+        "rank_pattern": {key: lora.rank(allocation, n) for key, n in ranks.items()},
+        "alpha_pattern": {key: lora.alpha(allocation, n) for key, n in ranks.items()},
     }
     return json.dumps(config, indent=1) + "\n"
 
@@ -81,6 +82,8 @@ def _layer_ranks(
     ranks: dict[str, int] = {}
     for prefix, experts in layers:
         assert prefix is not None
+        if not experts:
+            continue
         if modules is None:
             keys = [
                 rf"{re.escape(prefix)}\.(.*\.)?{re.escape(target)}"
@@ -88,8 +91,7 @@ def _layer_ranks(
             ]
         else:
             keys = [re.escape(name) for name in _selected(modules, prefix, lora)]
-        if experts:
-            ranks |= dict.fromkeys(keys, experts)
+        ranks |= dict.fromkeys(keys, experts)
     return ranks
 
 

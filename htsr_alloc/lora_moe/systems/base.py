@@ -25,12 +25,14 @@ class Inputs(NamedTuple):
         own: x in the adapter's dtype; under autocast x itself.
         dropped: ``own`` after the adapter's dropout.
         base: (..., d_out), W₀x.
+        rows: which rows of the batch these are; None: all.
     """
 
     x: Tensor
     own: Tensor
     dropped: Tensor
     base: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class System:
         """
         if config.system != self.name:
             return
-        if not self.balance_coef and config.router_aux_loss_coef:
+        if config.router_aux_loss_coef and BALANCE[0] not in self.settings:
             raise HtsrError(
                 f"{self.name} gives every token all experts and has no balance loss.",
                 "Remove router_aux_loss_coef.",
@@ -115,7 +117,15 @@ class System:
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
         """The shape of every parameter of n experts on one linear, by name."""
         found: dict[str, Shape] = {"A": (n * config.r, d_in), "B": (d_out, n * config.r)}
-        return {**found, "router": (n, d_in)} if n > 1 else found
+        return {**found, "router": (n, d_in)} if self.routes(config, n) else found
+
+    def routes(self, config: Any, n: int) -> bool:
+        """Whether n experts of a linear have a router; else each has the gate ``share``."""
+        return n > 1
+
+    def share(self, config: Any, n: int) -> float:
+        """Each expert's gate where there is no router."""
+        return 1.0
 
     def scale(self, config: Any, d_in: int) -> float:
         """s of a linear."""
@@ -145,12 +155,18 @@ class System:
         """The decision of a linear's router; without top_k all experts. logits: (..., N)."""
         return gates.top_k_softmax(logits, layer.mixture[adapter].top_k)
 
+    def counted(self, routing: gates.Routing) -> Tensor:
+        """The choices that the balance loss counts, (..., N) bool."""
+        return routing.chosen
+
     def mix(self, layer: Any, adapter: str, given: Inputs) -> tuple[Tensor, Tensor]:
         """A_all x, (..., N r) or (..., r) of a shared A, and the experts' weights (..., N)."""
         a = layer.lora_moe_A[adapter]
-        if layer.mixture[adapter].experts == 1:
+        how = layer.mixture[adapter]
+        if adapter not in layer.lora_moe_router:
             hidden = F.linear(given.dropped, a)
-            return hidden, torch.ones_like(hidden[..., :1])
+            share = self.share(how.config, how.experts)
+            return hidden, hidden.new_full((*hidden.shape[:-1], how.experts), share)
         router = layer.lora_moe_router[adapter]
         autocast = torch.is_autocast_enabled(given.x.device.type)
         if given.dropped is given.own and not autocast and gates.is_wide(a.dtype):

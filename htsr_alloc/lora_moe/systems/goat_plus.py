@@ -17,7 +17,7 @@ class GoatPlus(Goat):
 
     name = "goat_plus"
     title = "GOAT+"
-    reference = "arXiv 2502.16894, appendix D"
+    reference = "arXiv 2502.16894, appendix D, eq. 79-83"
     frozen = (*Goat.frozen, "scale")
     plus = True
 

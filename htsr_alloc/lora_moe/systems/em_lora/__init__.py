@@ -82,12 +82,15 @@ class EmLora(System):
         hidden = F.linear(given.dropped, a)
         block, index = layer.place[adapter]
         routing = layer.state.current.decisions.get((block, adapter))
-        if routing is None or hidden.dim() != 3 or len(hidden) != len(routing.weights):
+        weights = None if routing is None else routing.weights  # (B, N)
+        if weights is not None and given.rows is not None:
+            weights = weights[given.rows]
+        if weights is None or hidden.dim() != 3 or len(hidden) != len(weights):
             raise HtsrError(
                 f"{layer.name} was called without its layer's router or its (batch, token) shape.",
                 "EM-LoRA needs the whole model.",
             )
-        gate = routing.weights[:, index].to(hidden.dtype).view(-1, 1, 1)
+        gate = weights[:, index].to(hidden.dtype).view(-1, 1, 1)
         if not how.config.em_dora:
             return experts.add_product(result, hidden * gate, b, how.scale)
         low_rank = F.linear(hidden, b) * how.scale

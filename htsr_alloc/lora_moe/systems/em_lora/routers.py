@@ -101,9 +101,7 @@ class BlockRouter:
         return [
             adapter
             for adapter, host in self.hosts.items()
-            if adapter in host.mixture
-            and adapter in host.active_adapters
-            and not host.disable_adapters
+            if adapter in host.mixture and adapter in host.acting and not host.disable_adapters
         ]
 
     def open(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
