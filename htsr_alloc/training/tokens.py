@@ -27,6 +27,11 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
 
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder; that of its one GGUF file if it has no other.
