@@ -161,6 +161,17 @@ def test_texts_are_learnt_and_the_head_is_saved(rows, system, rate, invoke, work
         losses.append(float(logits.logsumexp(0) - logits[right]))
     assert after["hits"] == hits
     assert after["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    # As the card says.
+    card = (work / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification\n" in card
+    assert f"* Classes, from 0: {', '.join(run['labels'])}\n" in card
+    code, made = card.split("```python\n")[1].split("```")[0], {}
+    exec(
+        code.replace("FOLDER_OR_HUB_ID", "out").replace('"model"', repr(str(work / "model"))), made
+    )
+    with torch.no_grad():
+        again = made["model"].eval()(**one).logits[0].double()
+    assert torch.allclose(again, logits, atol=1e-5)
 
 
 def test_images_are_learnt_from_folders_and_from_rows(invoke, work):
@@ -174,6 +185,8 @@ def test_images_are_learnt_from_folders_and_from_rows(invoke, work):
     assert by_rows["low"] > 0.5
     config = json.loads((work / "out" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
+    assert "pipeline_tag: image-classification\n" in (work / "out" / "README.md").read_text()
+    assert (work / "out" / "preprocessor_config.json").is_file()
 
 
 def test_full_fine_tuning_is_a_model_with_its_classes(invoke, work):
@@ -192,6 +205,10 @@ def test_full_fine_tuning_is_a_model_with_its_classes(invoke, work):
     assert found.rc == 0, found.stderr
     assert json.loads(found.stdout)["low"] > 1 / 3
     assert models.head_labels(work / "out") == ("calm", "loud", "odd")
+    refused = invoke(
+        "train", "--model", "model", "--system", "full", "--data", "train.jsonl", "--push", "a/b",
+    )  # fmt: skip
+    assert (refused.rc, "--push uploads an adapter" in refused.stderr) == (1, True)
 
 
 def test_accumulated_batches_are_one_batch(invoke, work):
