@@ -36,17 +36,15 @@ def base_of(model: str, hub: Hub) -> Base:
     return Base(model, folder, None if at_home else folder.name)
 
 
-def opened(adapter: str, model: str | None, hub: Hub, dtype: str, device: str) -> Opened:
-    """An adapter on the model that it names, or on ``model``.
+def located(adapter: str, model: str | None, hub: Hub) -> tuple[Path, Base]:
+    """An adapter's folder, and the model that it names, or ``model``.
 
     Raises:
         HtsrError: no adapter, no name of a model, or one that does not fit.
     """
-    from htsr_alloc.training import models, tokens
     from htsr_alloc.training.handing import config_of
     from htsr_alloc.training.identity import check_base
 
-    models.silence()
     # The revision is the model's: of an adapter the newest is taken.
     folder = Hub(None, hub.token, hub.cache_dir, hub.offline).folder(adapter)
     config = config_of(folder)
@@ -59,6 +57,19 @@ def opened(adapter: str, model: str | None, hub: Hub, dtype: str, device: str) -
     if model is None and not base.folder.exists():
         raise HtsrError(f"The adapter's model, {named}, is not here.", "Give --model.")
     check_base(folder, base.folder)
+    return folder, base
+
+
+def opened(adapter: str, model: str | None, hub: Hub, dtype: str, device: str) -> Opened:
+    """An adapter on its causal language model, which it names, or on ``model``.
+
+    Raises:
+        HtsrError: no adapter, no name of a model, or one that does not fit.
+    """
+    from htsr_alloc.training import models, tokens
+
+    models.silence()
+    folder, base = located(adapter, model, hub)
     where = models.device_of(device)
     loaded = models.open_causal_lm(base.folder, models.dtype_of(dtype, where))
     adapted = models.open_adapter(loaded, folder).to(where)
@@ -73,12 +84,17 @@ def hand_on(
     allocation: Allocation | None,
     push: str | None,
     token: str | None,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Complete an adapter's folder, and upload it if that is asked for."""
+    """Complete an adapter's folder, and upload it if that is asked for.
+
+    Args:
+        labels: the classes of a classifier.
+    """
     from htsr_alloc.checkpoints.sentences import sentences
     from htsr_alloc.training import handing
 
-    handing.finish(folder, base, facts, allocation)
+    handing.finish(folder, base, facts, allocation, labels)
     if push is not None:
         with sentences(push, None):
             address = handing.push(folder, push, token)

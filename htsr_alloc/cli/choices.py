@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
@@ -22,15 +23,16 @@ class UnknownName(HtsrError):
 
 @dataclass(frozen=True)
 class Choice:
-    """A registry's names. ``registry`` is ``module:NAME``; ``more`` are names besides its own."""
+    """A registry's names. ``registry`` is ``module:NAME``, and so is ``more``, a second one."""
 
     noun: str
     registry: str
-    more: tuple[str, ...] = ()
+    more: str | None = None
 
     def names(self) -> list[str]:
         """All names that may be given."""
-        return [*names_in(*self.registry.split(":")), *self.more]
+        every = filter(None, (self.registry, self.more))
+        return [name for registry in every for name in names_in(*registry.split(":"))]
 
     def check(self, name: str) -> None:
         """Refuse what is not a name.
@@ -56,19 +58,22 @@ class Choice:
     @property
     def mark(self) -> str:
         """What stands in a help text until ``filled`` puts the names there."""
-        return ", ".join(["{" + self.registry + "}", *self.more])
+        return ", ".join(f"{{{registry}}}" for registry in (self.registry, self.more) if registry)
 
 
 def names_in(module: str, name: str) -> list[str]:
     """The names of a registry: a dict or a tuple, or ``modules``, the files of a folder.
 
-    Where they are written out they are read from the source: --help then loads no torch.
+    Of a class they are the fields that are declared as ``Setting``, each with its type. Where names
+    are written out they are read from the source: --help then loads no torch.
     """
     path = PACKAGE.joinpath(*module.split("."))
     if name == "modules":
         return sorted(own.name for own in iter_modules([str(path)]) if own.name != "base")
     source = next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
     for node in ast.parse(source.read_text("utf-8")).body if source else ():
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return list(_settings(node))
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             value = getattr(node, "value", None)
@@ -76,6 +81,14 @@ def names_in(module: str, name: str) -> list[str]:
             if all(isinstance(own, ast.Constant) for own in names):
                 return [str(own.value) for own in names if isinstance(own, ast.Constant)]
     return list(getattr(importlib.import_module(f"htsr_alloc.{module}"), name))
+
+
+def _settings(node: ast.ClassDef) -> Iterator[str]:
+    """ "top_k (int)" of each field that a class declares as ``Setting[int]``."""
+    for field in node.body:
+        kind = getattr(field, "annotation", None)
+        if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Setting":
+            yield f"{ast.unparse(field.target)} ({ast.unparse(kind.slice)})"  # type: ignore[attr-defined]
 
 
 def filled(text: str) -> str:
@@ -100,5 +113,6 @@ POOL = Choice("pool", "allocation.units:POOLS")
 REPAIR = Choice("repair", "allocation.rounding:REPAIRS")
 STRATEGY = Choice("strategy", "allocation.strategies:STRATEGIES")
 SYSTEM = Choice("system", "lora_moe.systems:modules")
-TRAINED_SYSTEM = Choice("system", "lora_moe.systems:modules", ("lora",))
+TASK = Choice("task", "training.tasks:TASKS")
+TRAINED_SYSTEM = Choice("system", "lora_moe.systems:modules", "training.baselines:BASELINES")
 VIEW = Choice("view", "reports.plots:PLOTS")

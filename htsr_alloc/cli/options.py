@@ -24,6 +24,7 @@ FLAGS = {  # parameter -> its options, where they are not --its-name
     "output": ["--output", "-o"],
     "quiet": ["--quiet", "-q"],
     "r": ["--r", "--lora-r"],
+    "settings": ["--set"],
     "target_modules": ["--target"],
     "targets": ["--target"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,11 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import Push, base_of, hand_on
-from htsr_alloc.cli.choices import DTYPE, TRAINED_SYSTEM
+from htsr_alloc.cli.choices import DTYPE, TASK, TRAINED_SYSTEM
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device, LoraAlpha, LoraDropout, LoraR, Target
+from htsr_alloc.cli.options import Chat, Device, Target
 from htsr_alloc.cli.screen import Screen
-from htsr_alloc.records.lora import Lora
+from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import check_installed
 from htsr_alloc.training.settings import Recipe
 
@@ -21,19 +22,35 @@ from htsr_alloc.training.settings import Recipe
 def train(
     model: Annotated[str, "Folder or hub id of the model."],
     data: Annotated[
-        str, "Rows to train on: JSON lines, or a hub data set as org/name or org/name:split."
+        str,
+        "Rows to train on: JSON lines, a hub data set as org/name or org/name:split, or a folder "
+        "of images, one folder for each class.",
     ],
     allocation: Annotated[
-        Path | None, typer.Argument(help="An allocation file; EM-LoRA takes none.")
+        Path | None, typer.Argument(help="An allocation file; em_lora and full take none.")
     ] = None,
     output: Annotated[Path, "Folder of the trained adapter."] = Path("adapter"),
     validation: Annotated[str | None, "Rows whose loss is logged after each epoch."] = None,
+    task: Annotated[str, "What to train for.", TASK] = "causal-lm",
     system: Annotated[
-        str, "LoRA-MoE system to train; lora is plain LoRA of the same ranks.", TRAINED_SYSTEM
+        str, "LoRA-MoE system to train, or a baseline of the same ranks.", TRAINED_SYSTEM
     ] = "alphalora",
-    r: LoraR = None,
-    lora_alpha: LoraAlpha = None,
-    lora_dropout: LoraDropout = Lora.lora_dropout,
+    settings: Annotated[
+        list[str] | None,
+        "Setting of the system as NAME=VALUE; repeatable. Names: {lora_moe.config:LoraMoeConfig}.",
+    ] = None,
+    r: Annotated[
+        int | None,
+        "Rank r of one expert; default the system's, or 8. Under torchrun write --lora-r.",
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        "LoRA's alpha: the scale of an expert is alpha / r; default the system's, or 16.",
+    ] = None,
+    lora_dropout: Annotated[
+        float | None,
+        "Dropout probability on the experts' input; default the system's, or 0.05.",
+    ] = None,
     target: Target = None,
     max_length: Annotated[int, "Most tokens of a row; longer prompts are cut."] = 512,
     chat: Chat = False,
@@ -51,23 +68,37 @@ def train(
     """Train an allocation's experts on JSON lines, with transformers' Trainer.
 
     A row is {"prompt", "completion"}, {"instruction", "input", "response"}, {"messages"}, or
-    {"prompt", "choices", "answer"}. Only the answers are learnt. It runs under torchrun and
-    accelerate launch as it is.
+    {"prompt", "choices", "answer"}. Only the answers are learnt. With --task classification it is
+    {"text", "label"}, {"text", "text_pair", "label"} or {"image", "label"}. It runs under torchrun
+    and accelerate launch as it is.
 
     Examples:
         htsr train model.allocation.json --model model --data train.jsonl -o adapter
-        htsr train model.allocation.json --model model --data train.jsonl --system hydra --steps 2
+        htsr train model.allocation.json --model model --data train.jsonl --system mor --set mor_router=mean --steps 2
         torchrun --nproc-per-node 2 -m htsr_alloc train model.allocation.json --model model --data train.jsonl
     """  # noqa: E501
     check_installed()
     from htsr_alloc.lora_moe.build import load
     from htsr_alloc.training import models
+    from htsr_alloc.training.identity import classes_of
+    from htsr_alloc.training.methods import adapter_for, recipe_for
     from htsr_alloc.training.run import PICTURE, Run, is_first
     from htsr_alloc.training.run import train as fine_tune
 
     models.silence()
     loaded = None if allocation is None else load(allocation)
-    lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target or ())
+    adapter = adapter_for(
+        system,
+        loaded,
+        target=target or (),
+        settings=_pairs(settings or ()),
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+    )
+    if adapter.whole and push is not None:
+        raise HtsrError("--push uploads an adapter, and this trains a whole model.", "Remove it.")
+    recipe = recipe_for(system, recipe)
     base = base_of(model, hub)
     asked = Run(
         base.folder,
@@ -75,12 +106,13 @@ def train(
         output,
         allocation,
         None if validation is None else hub.rows(validation),
-        models.Adapter(system, lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules),
+        adapter,
         recipe,
         max_length,
         chat,
         dtype,
         device,
+        task,
     )
     done = fine_tune(asked, resume=resume, progress=screen.watched, note=screen.note)
     if not is_first():
@@ -91,6 +123,22 @@ def train(
         *([f"Validation rows: {Path(validation).name}"] if validation else []),
         f"Last loss: {done.loss:.4g}; trainable parameters: {done.trainable:,}",
     ]
-    hand_on(screen, output, base, facts, loaded, push, hub.token)
+    if not adapter.whole:
+        labels = classes_of(output) or ()
+        hand_on(screen, output, base, facts, loaded, push, hub.token, labels)
     screen.show(views.trained(done))
-    screen.note(f"wrote {output}: the adapter, {PICTURE} and log.jsonl")
+    what = "model" if adapter.whole else "adapter"
+    screen.note(f"wrote {output}: the {what}, {PICTURE} and log.jsonl")
+
+
+def _pairs(given: Sequence[str]) -> dict[str, str]:
+    """The settings by name."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise HtsrError(f"--set {text} has no value.", "Write --set NAME=VALUE.")
+        if name in pairs:
+            raise HtsrError(f"--set {name} is given twice.")
+        pairs[name] = value
+    return pairs

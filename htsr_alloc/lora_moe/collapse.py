@@ -82,7 +82,7 @@ def collapse(
         raise HtsrError("EM-DoRA's experts are not low-rank sums and cannot become a LoRA.")
     if not batches:
         raise HtsrError("collapse needs calibration batches.")
-    routed = any(layer.mixture[adapter].experts > 1 or adapter in layer.place for layer in layers)
+    routed = any(adapter in layer.lora_moe_router or adapter in layer.place for layer in layers)
     gates = {}
     if routed:
         gates = {row.name: row.gate for row in routing_report(model, batches, adapter)}
@@ -96,7 +96,9 @@ def collapse(
 def _factors(
     layer: LoraMoeLinear, adapter: str, gates: Mapping[str, tuple[float, ...]]
 ) -> tuple[Tensor, Tensor]:
-    gate = gates.get(layer.name, (1.0,))
+    how = layer.mixture[adapter]
+    share = how.system.share(how.config, how.experts)
+    gate = gates.get(layer.name, (share,) * how.experts)
     if adapter in layer.place:
         block, index = layer.place[adapter]
         gate = (gates[block][index],)

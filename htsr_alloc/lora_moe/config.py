@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 
@@ -16,6 +16,8 @@ from htsr_alloc.lora_moe.systems.base import choose, positive
 from htsr_alloc.records.lora import Lora
 
 FORMAT_VERSION = 2  # the newest that can be read
+T = TypeVar("T")
+Setting = Annotated[T, "a setting"]  # what ``htsr train --set`` and a study's rows may give
 
 
 @dataclass
@@ -42,10 +44,13 @@ class LoraMoeConfig(PeftConfig):
             "layers" sums over layers the mean of a layer's modules (as MoLA does), "sum" adds
             all modules (GOAT), "mean" averages them.
         init_lora_weights: True for kaiming(a=√5), "gaussian" for normal of deviation 1/r.
-        goat_segment: O, P, M or R: which singular directions the experts get.
+        goat_segment: O, P, M or R: which singular directions the experts get; "zero" starts B
+            at 0 as theorem 3.5 does, with the same scale.
         goat_rho: ρ of GOAT's eq. 19.
         goat_eta: η of its scale √(3 d_in η / r).
         goat_scale: "theorem" for that scale, "alpha" for lora_alpha / r as the released scripts.
+        goat_mixture: False makes the segments one LoRA of rank N r, without a router.
+        mor_router: "learnt", or "mean", which gives every expert the gate 1 / N.
         em_pooler: attention, mean, max or last: how EM-LoRA's router reads a prompt.
         em_weighting: "prob" or "straight_through", what multiplies the chosen expert.
         em_activation: "rational" (learnable, started at GeLU), "gelu" or "relu": g of EM-LoRA's
@@ -68,20 +73,22 @@ class LoraMoeConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     num_experts: int = 8
     expert_pattern: dict[str, int] = field(default_factory=dict)
-    top_k: int | None = None
+    top_k: Setting[int | None] = None
     top_k_pattern: dict[str, int] = field(default_factory=dict)
     system: str = DEFAULT
-    router_aux_loss_coef: float | None = None
-    router_aux_loss_reduction: str = "layers"
-    init_lora_weights: bool | Literal["gaussian"] = True
-    goat_segment: str = "O"
-    goat_rho: float = 10.0
-    goat_eta: float = 1.0
-    goat_scale: str = "theorem"
-    em_pooler: str = "attention"
-    em_weighting: str = "prob"
-    em_activation: str = "rational"
-    em_dora: bool = False
+    router_aux_loss_coef: Setting[float | None] = None
+    router_aux_loss_reduction: Setting[str] = "layers"
+    init_lora_weights: Setting[bool | Literal["gaussian"]] = True
+    goat_segment: Setting[str] = "O"
+    goat_rho: Setting[float] = 10.0
+    goat_eta: Setting[float] = 1.0
+    goat_scale: Setting[str] = "theorem"
+    goat_mixture: Setting[bool] = True
+    mor_router: Setting[str] = "learnt"
+    em_pooler: Setting[str] = "attention"
+    em_weighting: Setting[str] = "prob"
+    em_activation: Setting[str] = "rational"
+    em_dora: Setting[bool] = False
     modules_to_save: list[str] | None = None
     check_base: bool = True
     base_probe: dict[str, Any] | None = None
@@ -171,6 +178,13 @@ class LoraMoeConfig(PeftConfig):
         if version < system.format_version:
             kwargs = {**kwargs, **system.before, "format_version": system.format_version}
         return super().check_kwargs(**kwargs)
+
+
+SETTINGS: dict[str, Any] = {  # name -> type
+    name: get_args(hint)[0]
+    for name, hint in get_type_hints(LoraMoeConfig, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
 
 
 def matches(pattern: str, module: str) -> bool:

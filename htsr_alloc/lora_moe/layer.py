@@ -156,7 +156,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         how, now = self.mixture[adapter], self.state.current
         loss = weight * balance.load_balance(
             routing.probs.flatten(0, -2),
-            routing.chosen.flatten(0, -2),
+            how.system.counted(routing).flatten(0, -2),
             self.state.mask(routing.weights.shape[:-1], self.name) if masked else None,
             how.top_k if how.system.has_top_k else 1,
         )

@@ -94,7 +94,7 @@ def routing_report(
 
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
-        if adapter in layer.mixture and layer.mixture[adapter].experts > 1:
+        if adapter in layer.mixture and adapter in layer.lora_moe_router:
             mask = state.mask(x.shape[:-1], layer.name)
             sums.setdefault(layer.name, _Sums()).add(layer.route(x, adapter), mask)
 

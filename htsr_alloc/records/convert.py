@@ -24,20 +24,23 @@ PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (  # msgsp
 )
 
 
-def convert(kind: type[T], data: Any, place: str = "", hook: Hook | None = None) -> T:
+def convert(
+    kind: type[T], data: Any, place: str = "", hook: Hook | None = None, lax: bool = False
+) -> T:
     """``data`` as the dataclass ``kind``.
 
     Args:
         place: where the data stands in its file.
         hook: makes what msgspec has no type for, such as a ``Path``, of plain data.
+        lax: also take numbers and truth values written as text.
 
     Raises:
         ValueError: a wrong type, an unknown or missing key, a number out of range. The message
             begins with the place, e.g. ``matrices[3].k: expected int``.
     """
     try:
-        msgspec.convert(data, strict(kind), dec_hook=hook)
-        return msgspec.convert(data, kind, dec_hook=hook)
+        msgspec.convert(data, strict(kind), dec_hook=hook, strict=not lax)
+        return msgspec.convert(data, kind, dec_hook=hook, strict=not lax)
     except msgspec.ValidationError as error:
         found: Any = re.fullmatch(r"(?s)(.*?)(?: - at (`key` in )?`\$(.*)`)?", str(error))
         said, key, path = found.groups("")

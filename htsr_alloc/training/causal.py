@@ -30,5 +30,5 @@ def refuse_unless_causal(model: Any, name: str) -> None:
         raise HtsrError(
             f"{name} is not a causal language model: {type(model).__name__} reads the tokens that "
             "follow, and so the answers it is to learn.",
-            "Give a decoder, such as LLaMA or GPT-2.",
+            "Give a decoder, such as LLaMA or GPT-2, or `task` classification for an encoder.",
         )

@@ -26,7 +26,7 @@ class Score:
 
     Attributes:
         n: rows. correct: of them. accuracy: their share. low, high: its 95 % Wilson interval.
-        loss: mean over rows of the right answer's negative log-likelihood per token.
+        loss: mean over rows of the right answer's negative log-likelihood, per token of a text.
         hits: "1" or "0" a row, in the file's order, so that two models can be compared in pairs.
     """
 
@@ -86,15 +86,14 @@ def evaluate(
             for i, text in zip(batch, _generate(model, tokenizer, prompts, longest), strict=True):
                 hits[i] = "1" if first_line(text) == first_line(answer(rows[i])) else "0"
             progress(done := done + len(batch))
-    correct = hits.count("1")
-    return Score(
-        len(rows),
-        correct,
-        correct / len(rows),
-        *wilson(correct, len(rows)),
-        loss=sum(losses) / len(losses),
-        hits="".join(hits),
-    )
+    return score_of("".join(hits), losses)
+
+
+def score_of(hits: str, losses: Sequence[float]) -> Score:
+    """The score of rows that are right ("1") or wrong ("0")."""
+    n, correct = len(hits), hits.count("1")
+    mean = sum(losses) / len(losses)
+    return Score(n, correct, correct / n, *wilson(correct, n), loss=mean, hits=hits)
 
 
 def _refuse_nan(made: Sequence[Sequence[Choice]]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr_alloc import files
 from htsr_alloc.lora_moe import RouterReport, routing_report
-from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.report import draw_load
-from htsr_alloc.training.tokens import Collator, Example, pad_id
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,9 +19,9 @@ ROWS, BATCH = 64, 8  # examples that the load is taken from
 def plot_run(
     model: Any,
     log: Sequence[Mapping[str, Any]],
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     path: Path,
-    tokenizer: Any,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
 ) -> None:
     """Write the figure of a trained model.
 
@@ -32,7 +30,7 @@ def plot_run(
     """
     from htsr_alloc import style
 
-    loads = _loads(model, examples, pad_id(tokenizer))
+    loads = _loads(model, examples, collate)
     with style.look():
         figure = _drawn(log, loads)
         try:
@@ -53,7 +51,7 @@ def _drawn(log: Sequence[Mapping[str, Any]], loads: list[RouterReport]) -> Figur
         if points:
             panels[0].plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     panels[0].set_xlabel("step")
-    panels[0].set_ylabel("loss per token")
+    panels[0].set_ylabel("loss")
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     balance = [(row["step"], row["router_aux_loss"]) for row in log if "router_aux_loss" in row]
     if balance:
@@ -66,12 +64,13 @@ def _drawn(log: Sequence[Mapping[str, Any]], loads: list[RouterReport]) -> Figur
     return figure
 
 
-def _loads(model: Any, examples: Sequence[Example], pad: int) -> list[RouterReport]:
+def _loads(
+    model: Any, examples: Sequence[Any], collate: Callable[[Sequence[Any]], Mapping[str, Any]]
+) -> list[RouterReport]:
     """Every router's load on the first examples; none where there is no router."""
-    config = model.peft_config["default"]
-    if not isinstance(config, LoraMoeConfig) or not _has_router(model):
+    if not _has_router(model):
         return []
-    device, collate = next(model.parameters()).device, Collator(pad)
+    device = next(model.parameters()).device
     parts = [examples[i : i + BATCH] for i in range(0, min(ROWS, len(examples)), BATCH)]
     batches = ({n: v.to(device) for n, v in collate(part).items()} for part in parts)
     return routing_report(model, batches)

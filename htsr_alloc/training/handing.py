@@ -22,6 +22,18 @@ LOAD = """```python
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER_OR_HUB_ID")
 ```
 """
+LOAD_CLASSIFIER = """```python
+{first}from peft import PeftModel
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{base}", num_labels={count}, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, "FOLDER_OR_HUB_ID")
+```
+"""
+CLASSIFIERS = {  # PEFT's task_type -> the hub's name of the task, the transformers class
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    None: ("image-classification", "AutoModelForImageClassification"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,18 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise HtsrError(f"{path} is not an adapter's configuration.") from None
 
 
-def finish(folder: Path, base: Base, facts: Sequence[str], allocation: Allocation | None) -> None:
+def finish(
+    folder: Path,
+    base: Base,
+    facts: Sequence[str],
+    allocation: Allocation | None,
+    labels: Sequence[str] = (),
+) -> None:
     """Add the base's tokenizer, if it has one, and a card to a saved adapter, and name its base.
 
     Args:
         facts: lines of the card: how it was made and what came of it.
+        labels: the classes of a classifier, which has its tokenizer or image processor already.
 
     Raises:
         HtsrError: a folder without an adapter, or a file that cannot be written.
@@ -83,19 +102,24 @@ def finish(folder: Path, base: Base, facts: Sequence[str], allocation: Allocatio
     if base.on_hub:
         config["revision"] = base.revision
     with whole_files(folder) as made:
-        if has_tokenizer(base.folder):
+        if not labels and has_tokenizer(base.folder):
             open_tokenizer(base.folder).save_pretrained(str(made))
-        files.write_text(made / CARD, card(config, base, facts, allocation))
+        files.write_text(made / CARD, card(config, base, facts, allocation, labels))
         files.write_text(made / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def card(
-    config: dict[str, Any], base: Base, facts: Sequence[str], allocation: Allocation | None
+    config: dict[str, Any],
+    base: Base,
+    facts: Sequence[str],
+    allocation: Allocation | None,
+    labels: Sequence[str] = (),
 ) -> str:
     """A model card in the hub's format."""
     mixture = config.get("peft_type") == "LORA_MOE"
     kind = f"LoRA mixture ({config.get('system')})" if mixture else "LoRA"
-    head = ["library_name: peft", "pipeline_tag: text-generation"]
+    tag, auto = CLASSIFIERS[config.get("task_type")] if labels else ("text-generation", "")
+    head = ["library_name: peft", f"pipeline_tag: {tag}"]
     if base.on_hub:
         head.insert(0, f"base_model: {base.name}")
     head += ["tags:", "- lora", *(["- lora-moe"] if mixture else []), "- htsr_alloc"]
@@ -103,6 +127,7 @@ def card(
     text = ["---", *head, "---", "", f"# {kind} adapter of {name}", ""]
     text += [f"* Base: {base.name if base.on_hub else name}"]
     text += [f"* {fact}" for fact in facts]
+    text += [f"* Classes, from 0: {', '.join(labels)}"] if labels else []
     if allocation is not None:
         text += ["", "## Allocation", "", *_allocation(allocation)]
     text += ["", "## Use", ""]
@@ -117,7 +142,12 @@ def card(
             "",
         ]
     first = "import htsr_alloc.lora_moe  # registers the adapter with PEFT\n" if mixture else ""
-    text.append(LOAD.format(first=first))
+    load = LOAD_CLASSIFIER if labels else LOAD
+    text.append(
+        load.format(
+            first=first, auto=auto, base=base.name if base.on_hub else name, count=len(labels)
+        )
+    )
     return "\n".join(text)
 
 

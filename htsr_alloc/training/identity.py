@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
@@ -14,7 +15,14 @@ RUN = "run.json"  # beside a trained adapter: everything that it depends on
 
 
 def content_of(path: Path) -> str:
-    """The sha256 of a file's bytes, read once a process as long as the file does not change."""
+    """The sha256 of a file's bytes, read once a process as long as the file does not change.
+
+    Of a folder: over the names and the sha256 of the files in it and in its folders.
+    """
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        pairs = [[p.relative_to(path).as_posix(), content_of(p)] for p in inside]
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     found = path.stat()
     return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -39,6 +47,24 @@ def weights_of(folder: Path) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
+def classes_of(folder: Path) -> tuple[str, ...] | None:
+    """The classes that ``htsr train`` wrote beside what it trained; None where it wrote none."""
+    path = folder / RUN
+    if not path.is_file():
+        return None
+    return tuple(_run(path).get("labels") or ()) or None
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(files.read_bytes(path))
+    except (ValueError, RecursionError):
+        run = None
+    if not isinstance(run, dict):
+        raise HtsrError(f"{path} is not a run's file.", "Train again.")
+    return run
+
+
 def check_base(adapter: Path, model: Path) -> None:
     """Refuse an adapter that ``htsr train`` made on other weights than the model's.
 
@@ -50,10 +76,7 @@ def check_base(adapter: Path, model: Path) -> None:
     path = adapter / RUN
     if not path.is_file():
         return
-    try:
-        was = json.loads(files.read_bytes(path)).get("weights")
-    except (ValueError, AttributeError, RecursionError):
-        raise HtsrError(f"{path} is not a run's file.", "Train again.") from None
+    was = _run(path).get("weights")
     if was is not None and was != weights_of(model):
         raise HtsrError(
             f"{adapter} was trained on other weights than those in {model}.",

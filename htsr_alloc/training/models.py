@@ -1,90 +1,21 @@
-"""Models to train and to evaluate: opened in a dtype, adapted by a system and an allocation."""
+"""Models to train and to evaluate: opened in a dtype, on a device, with a trained adapter."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.build import build, control, open_config
-from htsr_alloc.lora_moe.config import LoraMoeConfig
-from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
-from htsr_alloc.records import Allocation
-from htsr_alloc.records.lora import Lora
+from htsr_alloc.lora_moe.build import open_config
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
 from htsr_alloc.training.causal import refuse_unless_causal
 from htsr_alloc.training.settings import DTYPES
-
-LORA = "lora"  # plain LoRA of the allocation's ranks, without routers
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What is put on a model; the defaults are the AlphaLoRA paper's.
-
-    Plain LoRA gets rank N r, rounded, on a layer of N experts; r may then be a fraction.
-    """
-
-    system: str = DEFAULT
-    r: float = Lora.r
-    lora_alpha: float = Lora.lora_alpha
-    lora_dropout: float = Lora.lora_dropout
-    target: tuple[str, ...] = ()  # empty: every linear of a layer
-
-    def put_on(self, model: Any, allocation: Allocation | Path | None) -> PeftModel:
-        """The adapted model.
-
-        Raises:
-            HtsrError: an unknown system; an allocation where the system takes none, or none where
-                it takes one; an allocation that does not fit the model.
-        """
-        system = SYSTEMS.get(self.system)
-        if system is None and self.system != LORA:
-            raise HtsrError(
-                f"There is no system {self.system!r}.",
-                f"Choose from {', '.join((*SYSTEMS, LORA))}.",
-            )
-        if system is not None and not system.takes_allocation:
-            if allocation is not None:
-                raise HtsrError(
-                    f"{system.title} takes no allocation of experts.", "Remove the allocation."
-                )
-        elif allocation is None:
-            raise HtsrError(f"{self.system} needs an allocation file.", "htsr allocate writes one.")
-        targets: Sequence[str] | None = list(self.target) or None
-        shared: dict[str, Any] = {
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": targets,
-        }
-        if allocation is None:
-            config = LoraMoeConfig(system=self.system, task_type="CAUSAL_LM", **shared)
-            return get_peft_model(model, config)  # type: ignore[return-value]
-        if self.system == LORA:
-            plain = json.loads(control(model, allocation, **shared))
-            plain["r"] = max(1, round(self.r))
-            plain["rank_pattern"] = whole_ranks(plain["rank_pattern"])
-            config = LoraConfig(task_type="CAUSAL_LM", **plain)
-            return get_peft_model(model, config)  # type: ignore[return-value]
-        return build(model, allocation, system=self.system, task_type="CAUSAL_LM", **shared)
-
-
-def whole_ranks(ranks: Mapping[str, float]) -> dict[str, int]:
-    """Each module's rank as a whole number; what rounding takes, the next modules get."""
-    made, carry = {}, 0.0
-    for name, rank in ranks.items():
-        made[name] = max(1, round(rank + carry))
-        carry += rank - made[name]
-    return made
 
 
 def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
@@ -95,16 +26,40 @@ def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    model = open_auto(AutoModelForCausalLM, folder, dtype)
+    refuse_unless_causal(model, str(folder))
+    return model
+
+
+def open_auto(kind: Any, folder: Path, dtype: torch.dtype, **more: Any) -> Any:
+    """A model by one of transformers' Auto classes, its weights in ``dtype``.
+
+    Raises:
+        HtsrError: no model of this kind that transformers can load from safetensors.
+    """
     open_config(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        return kind.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **more
         )
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise HtsrError(f"transformers cannot load {folder}: {reason}") from None
-    refuse_unless_causal(model, str(folder))
-    return model
+
+
+def head_labels(folder: Path) -> tuple[str, ...]:
+    """The classes of the head that a model's folder holds, in its order; none without a head."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
+    try:
+        config = json.loads(files.read_bytes(path))
+        kinds, names = config.get("architectures") or [], config.get("id2label") or {}
+        if not any(str(kind).endswith("Classification") for kind in kinds):
+            return ()
+        return tuple(str(names[i]) for i in sorted(names, key=int))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise HtsrError(f"{path} is not a model's configuration: {error}.") from None
 
 
 def open_adapter(model: Any, folder: Path) -> PeftModel:

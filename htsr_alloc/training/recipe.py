@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from htsr_alloc.files import write_text
 from htsr_alloc.lora_moe import BilevelMixin, RouterLossCallback, activation_parameters
 from htsr_alloc.training import saves
 from htsr_alloc.training.models import refuse_data_parallel
-from htsr_alloc.training.settings import Recipe
-from htsr_alloc.training.tokens import BucketSampler, Collator, Example
+from htsr_alloc.training.settings import LEARNING_RATE, Recipe
+from htsr_alloc.training.tokens import BucketSampler
 
 LOG = "log.jsonl"
 
@@ -69,7 +69,7 @@ class RecipeTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         data = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(example.input_ids) for example in data]  # type: ignore[union-attr]
+        lengths = [example.length for example in data]  # type: ignore[union-attr]
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return BucketSampler(lengths, together * self.args.world_size, self.args.seed)
 
@@ -93,13 +93,15 @@ class LogFile(TrainerCallback):
 
 def make_trainer(
     model: Any,
-    train: Sequence[Example],
+    train: Sequence[Any],
     folder: Path,
     recipe: Recipe,
     *,
-    pad: int,
-    validation: Sequence[Example] = (),
-    activations: Sequence[Example] = (),
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    items: bool = True,
+    validation: Sequence[Any] = (),
+    activations: Sequence[Any] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     device: torch.device | None = None,
     bf16: bool = False,
     progress: bool = False,
@@ -107,7 +109,10 @@ def make_trainer(
     """A Trainer that is ready to run.
 
     Args:
-        pad: the token to pad with.
+        train: examples, each with a ``length``.
+        collate: examples to a batch.
+        items: whether the model's loss is a mean over all tokens of an accumulated batch, whose
+            number it is told; otherwise it is a mean over a micro-batch's rows.
         validation: rows whose loss is logged after each epoch.
         activations: rows that EM-LoRA's activations learn from; they stay as they are without.
         bf16: bfloat16 autocast.
@@ -126,7 +131,7 @@ def make_trainer(
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.learning_rate or LEARNING_RATE,
         lr_scheduler_type="linear",
         warmup_steps=round(recipe.warmup * steps),
         weight_decay=recipe.weight_decay,
@@ -162,10 +167,12 @@ def make_trainer(
         args=arguments,
         train_dataset=list(train),
         eval_dataset=list(validation) or None,
-        data_collator=Collator(pad),
-        callbacks=[RouterLossCallback(), LogFile(folder / LOG)],
+        data_collator=collate,
+        callbacks=[RouterLossCallback(), LogFile(folder / LOG), *callbacks],
         **extra,
     )
+    if not items:  # the heads take the number, as the signature says, and do not use it
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     return trainer
 

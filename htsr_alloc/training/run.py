@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import load
-from htsr_alloc.training import figure, models, saves, tokens
+from htsr_alloc.training import figure, models, saves
 from htsr_alloc.training.handing import whole_files
 from htsr_alloc.training.identity import RUN, content_of, weights_of
-from htsr_alloc.training.recipe import Recipe, make_trainer
-from htsr_alloc.training.rows import read_rows
+from htsr_alloc.training.methods import Adapter
+from htsr_alloc.training.recipe import (
+    Recipe,
+    make_trainer,
+    processes,
+    total_steps,
+)
+from htsr_alloc.training.tasks import heads_of, readers_of
 
 PICTURE = "training.png"
 
@@ -29,7 +36,8 @@ class Run:
     """What is asked for.
 
     ``validation`` rows have their loss logged after each epoch, and EM-LoRA's activations learn
-    from them. ``chat`` writes prompts and completions in the tokenizer's chat template.
+    from them. ``chat`` writes prompts and completions in the tokenizer's chat template. ``task``
+    is one of ``tasks.TASKS``.
     """
 
     model: Path
@@ -37,12 +45,13 @@ class Run:
     output: Path
     allocation: Path | None = None
     validation: Path | None = None
-    adapter: models.Adapter = field(default_factory=models.Adapter)
+    adapter: Adapter = field(default_factory=Adapter)
     recipe: Recipe = field(default_factory=Recipe)
     max_length: int = 512
     chat: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    task: str = "causal-lm"
 
     def settings(self) -> dict[str, Any]:
         """Everything a checkpoint depends on, but where files lie."""
@@ -53,6 +62,8 @@ class Run:
             "weights": weights_of(self.model),
             **asdict(self.adapter),
             "target": list(self.adapter.target),
+            "settings": dict(self.adapter.settings),
+            "task": self.task,
             **{k: v for k, v in asdict(self.recipe).items() if not k.endswith("_every")},
             "max_length": self.max_length,
             "chat": self.chat,
@@ -91,22 +102,30 @@ def train(
     checkpoint = _earlier(run, resume, note)
     device = models.device_of(run.device)
     dtype = models.dtype_of(run.dtype, device)
-    rows = {"data": read_rows(run.data)}
-    rows["validation"] = [] if run.validation is None else read_rows(run.validation)
-    tokenizer = tokens.open_tokenizer(run.model)
-    encoded = {}
-    for name, given in rows.items():
-        given = tokens.as_chat(given) if run.chat else given
-        encoded[name] = [tokens.encode(row, tokenizer, run.max_length) for row in given]
+    read, made = readers_of(run.task)
+    rows = {"data": read(run.data)}
+    rows["validation"] = [] if run.validation is None else read(run.validation)
+    task = made(run.model, rows["data"], None, run.max_length, run.chat)
+    encoded = {name: task.encode(given) for name, given in rows.items()}
     allocation = None if run.allocation is None else load(run.allocation)
     torch.manual_seed(run.recipe.seed)
-    model: Any = run.adapter.put_on(models.open_causal_lm(run.model, dtype), allocation)
+    model: Any = task.open_model(run.adapter.weights_in(dtype))
+    model = run.adapter.put_on(
+        model,
+        allocation,
+        task_type=task.task_type,
+        heads=heads_of(model) if task.labels else (),
+        steps=total_steps(len(encoded["data"]), run.recipe, processes()),
+    )
+    run.adapter.start(model.to(device), encoded["data"], task.collate, run.recipe.batch_size)
     trainer = make_trainer(
         model,
         encoded["data"],
         run.output,
         run.recipe,
-        pad=tokens.pad_id(tokenizer),
+        collate=task.collate,
+        items=task.items,
+        callbacks=run.adapter.callbacks(),
         validation=encoded["validation"],
         activations=encoded["validation"],
         device=device,
@@ -122,16 +141,20 @@ def train(
         if checkpoint is not None:
             note(f"resumed at {checkpoint.name}")
         # The processes have met by now, so that each has seen the folder as it was.
-        files.write_text(run.output / RUN, json.dumps(run.settings(), indent=1) + "\n")
+        said = {**run.settings(), "labels": list(task.labels)}
+        files.write_text(run.output / RUN, json.dumps(said, indent=1) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.refuse_divergence()
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
-        with whole_files(run.output) as made:
-            model.save_pretrained(str(made))
+        with whole_files(run.output) as folder:
+            model.save_pretrained(str(folder))
+            # A classifier and a model of its own have all that opens them.
+            if task.labels or not isinstance(model, PeftModel):
+                task.processor.save_pretrained(str(folder))
         examples = encoded["validation"] or encoded["data"]
         try:
-            figure.plot_run(model, history, examples, run.output / PICTURE, tokenizer)
+            figure.plot_run(model, history, examples, run.output / PICTURE, task.collate)
         except HtsrError as error:  # the adapter is saved; a figure is no reason to fail
             note(f"no figure: {error.message}")
     return Trained(
@@ -162,7 +185,8 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
         return None
     checkpoint, broken = saves.newest_whole(run.output / saves.CHECKPOINTS)
     if not resume:
-        if checkpoint is None and not (run.output / "adapter_config.json").is_file():
+        saved = (run.output / name for name in ("adapter_config.json", "config.json"))
+        if checkpoint is None and not any(path.is_file() for path in saved):
             return None  # it was stopped before it had saved anything
         raise HtsrError(
             f"{run.output} holds a run already.", "Give `resume`, or another folder as `output`."
@@ -176,6 +200,7 @@ def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None
             f"{now[changed[0]]}.",
             "Give the same settings, or another folder as `output`.",
         )
+    run.adapter.refuse_resume()
     if broken and is_first():
         note(f"{', '.join(path.name for path in broken)}: not whole, so not used")
     return checkpoint

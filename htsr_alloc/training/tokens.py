@@ -27,6 +27,11 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has a tokenizer of its own, or a GGUF file that may hold one."""

@@ -75,10 +75,12 @@ def test_an_example_runs(bench, invoke, tmp_path, name, line):
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_are_the_registry_s_names(name):
     own = CHOICES[name]
-    module, _, registry = own.registry.partition(":")
-    registry = "SYSTEMS" if registry == "modules" else registry  # one module each
-    real = list(getattr(importlib.import_module(f"htsr_alloc.{module}"), registry))
-    assert own.names() == [*real, *own.more]
+    real = []
+    for registry in filter(None, (own.registry, own.more)):
+        module, _, named = registry.partition(":")
+        named = named.replace("modules", "NAMES")  # the files of a folder
+        real += getattr(importlib.import_module(f"htsr_alloc.{module}"), named)
+    assert own.names() == real
     assert len(real) > 1
 
 
@@ -145,6 +147,7 @@ def test_the_recipe_s_options_are_its_fields():
         assert options[field.name].default == field.default
         assert flags(field.name)[0] in options[field.name].opts
     assert options["r"].default is None  # 8, or the rank that the allocation is of
+    assert options["max_length"].default == 512
 
 
 def test_help_texts_are_phrases():

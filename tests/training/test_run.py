@@ -22,6 +22,7 @@ from htsr_alloc.allocation import allocate
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import dumps
 from htsr_alloc.training import models
+from htsr_alloc.training.baselines import whole_ranks
 from htsr_alloc.training.recipe import Recipe, total_steps
 
 QUICK = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--lora-r", "2"]
@@ -256,6 +257,6 @@ def test_one_process_does_not_spread_over_gpus(monkeypatch):
 
 
 def test_ranks_are_whole_and_sum_up():
-    ranks = models.whole_ranks({str(i): 42.5 for i in range(10)})
+    ranks = whole_ranks({str(i): 42.5 for i in range(10)})
     assert sum(ranks.values()) == 425
     assert set(ranks.values()) <= {42, 43}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from htsr_alloc.lora_moe import gates, init
-from htsr_alloc.lora_moe.systems.base import Shape, System
+from htsr_alloc.lora_moe.systems.base import BALANCE, Shape, System
 
 
 class AdaMole(System):
@@ -19,6 +19,7 @@ class AdaMole(System):
     reference = "arXiv 2405.00361, eq. 6-8"
     trained = (*System.trained, "tau", "tau_bias")
     has_top_k = False
+    settings = (*BALANCE, "init_lora_weights")
     budget_knob = "experts"
 
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:

@@ -14,6 +14,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts, gates, init
 
 Shape = tuple[int, ...]
+BALANCE = ("router_aux_loss_coef", "router_aux_loss_reduction")
 
 
 class Inputs(NamedTuple):
@@ -70,6 +71,9 @@ class System:
         bilevel: whether some of its parameters learn from validation rows.
         format_version: of its files. before: settings that files of an older version mean without
             saying so.
+        settings: which of the configuration's settings it uses.
+        defaults: what its paper trains with, where that is not AlphaLoRA's: of ``r``,
+            ``lora_alpha``, ``lora_dropout`` and ``learning_rate``. ``htsr train`` takes them.
     """
 
     name: ClassVar[str]
@@ -87,6 +91,8 @@ class System:
     bilevel: ClassVar[bool] = False
     format_version: ClassVar[int] = 1
     before: ClassVar[Mapping[str, Any]] = {}
+    settings: ClassVar[tuple[str, ...]] = ("top_k", *BALANCE, "init_lora_weights")
+    defaults: ClassVar[Mapping[str, float]] = {}
 
     def check(self, config: Any) -> None:
         """Refuse settings that contradict each other or are out of range.
@@ -98,7 +104,7 @@ class System:
         """
         if config.system != self.name:
             return
-        if not self.balance_coef and config.router_aux_loss_coef:
+        if config.router_aux_loss_coef and BALANCE[0] not in self.settings:
             raise HtsrError(
                 f"{self.name} gives every token all experts and has no balance loss.",
                 "Remove router_aux_loss_coef.",
@@ -116,7 +122,15 @@ class System:
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
         """The shape of every parameter of n experts on one linear, by name."""
         found: dict[str, Shape] = {"A": (n * config.r, d_in), "B": (d_out, n * config.r)}
-        return {**found, "router": (n, d_in)} if n > 1 else found
+        return {**found, "router": (n, d_in)} if self.routes(config, n) else found
+
+    def routes(self, config: Any, n: int) -> bool:
+        """Whether n experts of a linear have a router; else each has the gate ``share``."""
+        return n > 1
+
+    def share(self, config: Any, n: int) -> float:
+        """Each expert's gate where there is no router."""
+        return 1.0
 
     def scale(self, config: Any, d_in: int) -> float:
         """s of a linear."""
@@ -146,12 +160,18 @@ class System:
         """The decision of a linear's router; without top_k all experts. logits: (..., N)."""
         return gates.top_k_softmax(logits, layer.mixture[adapter].top_k)
 
+    def counted(self, routing: gates.Routing) -> Tensor:
+        """The choices that the balance loss counts, (..., N) bool."""
+        return routing.chosen
+
     def mix(self, layer: Any, adapter: str, given: Inputs) -> tuple[Tensor, Tensor]:
         """A_all x, (..., N r) or (..., r) of a shared A, and the experts' weights (..., N)."""
         a = layer.lora_moe_A[adapter]
-        if layer.mixture[adapter].experts == 1:
+        how = layer.mixture[adapter]
+        if adapter not in layer.lora_moe_router:
             hidden = F.linear(given.dropped, a)
-            return hidden, torch.ones_like(hidden[..., :1])
+            share = self.share(how.config, how.experts)
+            return hidden, hidden.new_full((*hidden.shape[:-1], how.experts), share)
         router = layer.lora_moe_router[adapter]
         autocast = torch.is_autocast_enabled(given.x.device.type)
         if given.dropped is given.own and not autocast and gates.is_wide(a.dtype):

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts
 from htsr_alloc.lora_moe.linears import is_plain
-from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System, choose, positive
+from htsr_alloc.lora_moe.systems.base import (
+    BALANCE,
+    Inputs,
+    Product,
+    Shape,
+    System,
+    choose,
+    positive,
+)
 
 SEGMENTS = ("O", "P", "M", "R")
+ZERO = "zero"
 SCALES = ("theorem", "alpha")
 
 
@@ -137,19 +146,38 @@ class Goat(System):
     title = "GOAT"
     reference = "arXiv 2502.16894, eq. 10, 13-15 and 19"
     frozen = ("res_A", "res_B")
+    settings = (
+        "top_k",
+        *BALANCE,
+        *("goat_segment", "goat_rho", "goat_eta", "goat_scale", "goat_mixture"),
+    )
+    budget_knob = "experts"
+    defaults: ClassVar = {"learning_rate": 1e-4}  # tables 9 to 11; table 12 has 2e-5 for generation
     plus = False
 
     def check(self, config: Any) -> None:
         """The settings goat_*."""
         super().check(config)
-        choose(config, "goat_segment", SEGMENTS)
+        choose(config, "goat_segment", (*SEGMENTS, ZERO))
+        if self.plus and config.system == self.name and config.goat_segment == ZERO:
+            raise HtsrError(
+                "GOAT+ takes its scales from the segments' singular values, and "
+                "goat_segment='zero' has none.",
+                "Use system='goat'.",
+            )
         choose(config, "goat_scale", SCALES)
         positive(config, "goat_rho", "goat_eta")
 
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
-        """Also res_A (N r, d_in) and res_B (d_out, N r)."""
+        """Also res_A (N r, d_in) and res_B (d_out, N r), where the start is not zero."""
         found = super().shapes(config, n, d_in, d_out)
+        if config.goat_segment == ZERO:
+            return found
         return {**found, "res_A": found["A"], "res_B": found["B"]}
+
+    def routes(self, config: Any, n: int) -> bool:
+        """Not without goat_mixture: the segments are then one LoRA of rank N r (table 5)."""
+        return n > 1 and config.goat_mixture
 
     def scale(self, config: Any, d_in: int) -> float:
         """√(3 d_in η / r), or lora_alpha / r as the released scripts have it."""
@@ -158,12 +186,16 @@ class Goat(System):
         return config.lora_alpha / config.r
 
     def start(self, own: Mapping[str, Tensor], config: Any, name: str, weight: Tensor) -> None:
-        """A and B from the weight's singular vectors.
+        """A and B from the weight's singular vectors; or theorem 3.5's start, B = 0.
 
         Raises:
             HtsrError: a quantised weight, or segments that do not fit.
         """
         super().start(own, config, name, weight)
+        if config.goat_segment == ZERO:
+            bound = math.sqrt(6 / weight.shape[1])
+            nn.init.uniform_(own["A"], -bound, bound)
+            return
         if not is_plain(weight):
             raise HtsrError(
                 f"{name} is quantised, and GOAT needs the singular values of its "
@@ -187,19 +219,23 @@ class Goat(System):
         for key in ("A", "res_A"):
             own[key].copy_(made.a)
         own["B"].copy_(made.b)
-        own["res_B"].copy_(made.b * (made.scales / n).repeat_interleave(config.r))
+        mean = 1 / n if self.routes(config, n) else self.share(config, n)  # gate at the start
+        own["res_B"].copy_(made.b * (made.scales * mean).repeat_interleave(config.r))
         if self.plus:
             own["scale"].copy_(made.scales)
 
     def delta(self, layer: Any, adapter: str, result: Tensor, given: Inputs) -> Tensor:
         """The residual off, the experts on."""
-        hidden = F.linear(given.own, layer.lora_moe_res_A[adapter])
-        result = experts.add_product(result, hidden, layer.lora_moe_res_B[adapter], -1.0)
+        if adapter in layer.lora_moe_res_A:
+            hidden = F.linear(given.own, layer.lora_moe_res_A[adapter])
+            result = experts.add_product(result, hidden, layer.lora_moe_res_B[adapter], -1.0)
         return super().delta(layer, adapter, result, given)
 
     def products(self, layer: Any, adapter: str) -> Iterator[Product]:
         """As ``base``'s, with the residual's factors."""
-        residual = layer.lora_moe_res_A[adapter], layer.lora_moe_res_B[adapter]
+        residual = None
+        if adapter in layer.lora_moe_res_A:
+            residual = layer.lora_moe_res_A[adapter], layer.lora_moe_res_B[adapter]
         for product in super().products(layer, adapter):
             yield replace(product, residual=residual)
 

@@ -14,6 +14,7 @@ class Hydra(System):
     title = "HydraLoRA"
     reference = "arXiv 2404.19245, eq. 5"
     has_top_k = False
+    settings = ("init_lora_weights",)
     balance_coef = 0.0
     budget_knob = "experts"
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from htsr_alloc.lora_moe import experts
-from htsr_alloc.lora_moe.systems.base import Inputs, Shape, System
+from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe import experts, gates
+from htsr_alloc.lora_moe.systems.base import BALANCE, Inputs, Shape, System, choose
 
+ROUTERS = ("learnt", "mean")
 STD = 0.02  # of the router's start, and of the noise around λ = 1
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
                 "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip
@@ -23,10 +26,33 @@ class Mor(System):
     reference = "Tang et al., MoR: Mixture of Ranks for Low-Rank Adaptation Tuning"
     trained = (*System.trained, "lambda_A", "lambda_B")
     has_top_k = False
+    settings = (*BALANCE, "mor_router")
+    defaults: ClassVar = {"lora_alpha": 32, "learning_rate": 2e-4}  # section 4.1
     balance_coef = 0.0
     targets = FEED_FORWARD
     budget_knob = "rank"
     budget_experts = 8
+
+    def check(self, config: Any) -> None:
+        """The settings mor_*."""
+        super().check(config)
+        choose(config, "mor_router", ROUTERS)
+        if config.system == self.name and config.mor_router == "mean" and config.aux_coef:
+            raise HtsrError(
+                "mor_router='mean' has no router to balance.", "Remove router_aux_loss_coef."
+            )
+
+    def routes(self, config: Any, n: int) -> bool:
+        """Not with the Mean-Pooling router of table 4."""
+        return n > 1 and config.mor_router == "learnt"
+
+    def share(self, config: Any, n: int) -> float:
+        """1 / N: Mean Pooling averages the experts."""
+        return 1 / n
+
+    def counted(self, routing: gates.Routing) -> Tensor:
+        """The likeliest expert of each token, as in Switch's loss (table 4, Balanced Router)."""
+        return F.one_hot(routing.logits.argmax(-1), routing.logits.shape[-1]).bool()
 
     def shapes(self, config: Any, n: int, d_in: int, d_out: int) -> dict[str, Shape]:
         """A (r, d_in), B (d_out, r), lambda_A (N, r), lambda_B (N, d_out)."""

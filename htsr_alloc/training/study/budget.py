@@ -10,9 +10,11 @@ from typing import Any
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import empty_model
-from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
+from htsr_alloc.lora_moe.systems import DEFAULT
 from htsr_alloc.records import Allocation
-from htsr_alloc.training.models import Adapter, trainable
+from htsr_alloc.training.baselines import Baseline
+from htsr_alloc.training.methods import Adapter, method_of, read_settings
+from htsr_alloc.training.models import trainable
 from htsr_alloc.training.study.plan import RowSpec, Study
 
 TOLERANCE = 0.02  # a budget further from the baseline's is refused
@@ -31,20 +33,21 @@ class Fitted:
 def fitted(study: Study, row: RowSpec) -> Fitted:
     """A row of the study with the parameters of uniform AlphaLoRA at the study's T and r.
 
-    What moves is the system's ``budget_knob``: T, or r; for plain LoRA the ranks in proportion;
-    nothing where a row has those parameters already. alpha / r stays the same.
+    What moves is the system's ``budget_knob``: T, or r; for a baseline the ranks in proportion;
+    nothing where a row has those parameters already. alpha / r stays the same. Full fine-tuning
+    trains every parameter, whatever the budget.
 
     Raises:
         HtsrError: no setting is within 2 % of it.
     """
-    scale, system = study.lora_alpha / study.r, SYSTEMS.get(row.system)
+    scale, method = study.lora_alpha / study.r, method_of(row.system)
+    settings = read_settings(row.system, row.settings)
 
     def adapter(r: float) -> Adapter:
-        return Adapter(row.system, r, scale * r, study.lora_dropout)
+        return Adapter(row.system, r, scale * r, study.lora_dropout, settings=settings)
 
     def counted(r: float, experts: int) -> Fitted:
-        bare = system is not None and not system.takes_allocation
-        allocation = None if bare else study.allocation(row, experts)
+        allocation = study.allocation(row, experts) if method.takes_allocation else None
         return Fitted(
             adapter(r), allocation, parameters(study.model, adapter(r), _frozen(allocation))
         )
@@ -54,16 +57,16 @@ def fitted(study: Study, row: RowSpec) -> Fitted:
     target = parameters(study.model, base, _frozen(uniform))
     experts = row.experts or study.experts
     layers = len(uniform.experts)
-    if system is None:
-        # in 64ths of a rank, times each layer's experts
-        made = nearest(lambda i: counted(i / 64, experts), target, 64)
-    elif system.budget_knob == "experts":
-        made = nearest(lambda i: counted(study.r, i), target, layers)
-    elif system.budget_knob == "rank":
-        each = (system.budget_experts or 0) * layers or experts
-        made = nearest(lambda i: counted(i, each), target, 1)
-    else:
-        made = counted(study.r, experts)
+    if isinstance(method, Baseline) and method.whole:
+        return counted(study.r, experts)
+    each = (method.budget_experts or 0) * layers or experts
+    knobs: dict[str | None, Callable[[], Fitted]] = {
+        "ranks": lambda: nearest(lambda i: counted(i / 64, experts), target, 64),  # 64ths
+        "experts": lambda: nearest(lambda i: counted(study.r, i), target, layers),
+        "rank": lambda: nearest(lambda i: counted(i, each), target, 1),
+        None: lambda: counted(study.r, experts),
+    }
+    made = knobs[method.budget_knob]()
     off = made.trainable / target - 1
     if abs(off) > TOLERANCE:
         raise HtsrError(

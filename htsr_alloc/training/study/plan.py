@@ -15,14 +15,14 @@ from msgspec import Meta
 from htsr_alloc import files
 from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS
+from htsr_alloc.lora_moe.systems import DEFAULT
 from htsr_alloc.records import METRICS, Allocation, Metrics, loads
 from htsr_alloc.records.convert import convert
 from htsr_alloc.records.lora import Lora
 from htsr_alloc.records.text import printable
 from htsr_alloc.training.identity import content_of
-from htsr_alloc.training.models import LORA
-from htsr_alloc.training.recipe import Recipe
+from htsr_alloc.training.methods import METHODS, read_settings
+from htsr_alloc.training.settings import LEARNING_RATE, Recipe
 
 UNTRAINED = "none"  # the system of a row that only evaluates the model
 Positive = Annotated[int, Meta(ge=1)]
@@ -50,7 +50,8 @@ class RowSpec:
 
     ``strategy``, ``metric``, ``metrics``, ``beta``, ``groups`` and ``repair`` are those of
     ``htsr allocate``, whose budget is the study's. ``main`` rows run with every seed, the others
-    with the first. Settings that are None are the study's.
+    with the first. What is None is the study's. ``settings`` are the system's, as those of
+    ``htsr train --set``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RowSpec:
     groups: str | None = None
     experts: Positive | None = None
     learning_rate: Annotated[float, Meta(gt=0)] | None = None
+    settings: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Study:
             save_every=0,  # a cell that is interrupted begins again
             seed=cell.seed,
             steps=self.tasks[cell.task].steps or self.recipe.steps,
-            learning_rate=cell.row.learning_rate or self.recipe.learning_rate,
+            learning_rate=cell.row.learning_rate or self.recipe.learning_rate or LEARNING_RATE,
         )
 
 
@@ -150,6 +152,8 @@ def fingerprint(study: Study, cell: Cell) -> str:
         "recipe": dataclasses.asdict(study.recipe_of(cell)),
     }
     parts["row"].pop("metrics")
+    if not row.settings:  # as it was before rows had settings
+        parts["row"].pop("settings")
     for name in ("experts", "r", "lora_alpha", "lora_dropout", "max_length", "dtype"):
         parts[name] = getattr(study, name)
     text = json.dumps(parts, sort_keys=True)
@@ -209,13 +213,15 @@ def check_rows(study: Study) -> None:
     Raises:
         HtsrError: an unknown system, or an allocation that cannot be made; it names the row.
     """
-    systems = (UNTRAINED, LORA, *SYSTEMS)
+    systems = (UNTRAINED, *METHODS)
     for row in study.rows:
         try:
             if row.system not in systems:
                 raise HtsrError(
                     f"there is no system {row.system!r}.", f"Choose from {', '.join(systems)}."
                 )
+            if row.system != UNTRAINED:
+                read_settings(row.system, row.settings)
             study.allocation(row, row.experts or study.experts)
         except HtsrError as error:
             raise HtsrError(f"The row {row.name}: {error.message}", error.hint) from None

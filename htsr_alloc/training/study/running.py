@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.systems import SYSTEMS
 from htsr_alloc.training import models, tokens
 from htsr_alloc.training.evaluate import Score, evaluate
 from htsr_alloc.training.identity import weights_of
-from htsr_alloc.training.recipe import Diverged, make_trainer
+from htsr_alloc.training.methods import method_of
+from htsr_alloc.training.recipe import Diverged, make_trainer, total_steps
 from htsr_alloc.training.rows import read_rows, share_of
 from htsr_alloc.training.study.budget import fitted
 from htsr_alloc.training.study.plan import UNTRAINED, Cell, Study, cells, check_rows, fingerprint
@@ -92,20 +92,27 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
     started, cpu = time.time(), time.process_time()
     task, dtype = study.tasks[cell.task], models.dtype_of(study.dtype, device)
     tokenizer = _tokenizer(study.model)
-    model: Any = models.open_causal_lm(study.model, dtype).to(device)
-    made, train_loss, trainable, diverged = None, None, 0, None
-    if cell.row.system != UNTRAINED:
-        made = fitted(study, cell.row)
+    collate = tokens.Collator(tokens.pad_id(tokenizer))
+    made = None if cell.row.system == UNTRAINED else fitted(study, cell.row)
+    weights = dtype if made is None else made.adapter.weights_in(dtype)
+    model: Any = models.open_causal_lm(study.model, weights).to(device)
+    train_loss, trainable, diverged = None, 0, None
+    if made is not None:
+        recipe = study.recipe_of(cell)
+        examples = _examples(study.model, task.train, study.max_length)
         torch.manual_seed(cell.seed)
-        model = made.adapter.put_on(model, made.allocation)
+        steps = total_steps(len(examples), recipe)
+        model = made.adapter.put_on(model, made.allocation, steps=steps)
+        made.adapter.start(model, examples, collate, recipe.batch_size)
         trainable = models.trainable(model)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(
                 model,
-                _examples(study.model, task.train, study.max_length),
+                examples,
                 Path(folder),
-                study.recipe_of(cell),
-                pad=tokens.pad_id(tokenizer),
+                recipe,
+                collate=collate,
+                callbacks=made.adapter.callbacks(),
                 activations=_validation(study, cell),
                 device=device,
                 bf16=dtype == torch.bfloat16,
@@ -146,8 +153,8 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def _validation(study: Study, cell: Cell) -> list[tokens.Example]:
-    path, system = study.tasks[cell.task].valid, SYSTEMS.get(cell.row.system)
-    if path is None or system is None or not system.bilevel:
+    path = study.tasks[cell.task].valid
+    if path is None or not method_of(cell.row.system).bilevel:
         return []
     return _examples(study.model, path, study.max_length)
 

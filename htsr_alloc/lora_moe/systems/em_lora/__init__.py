@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts
 from htsr_alloc.lora_moe.linears import base_weight, is_plain
-from htsr_alloc.lora_moe.systems.base import Inputs, Product, Shape, System, choose
+from htsr_alloc.lora_moe.systems.base import (
+    BALANCE,
+    Inputs,
+    Product,
+    Shape,
+    System,
+    choose,
+)
 from htsr_alloc.lora_moe.systems.em_lora import prompt, routers
 from htsr_alloc.lora_moe.systems.em_lora.activation import ACTIVATIONS, names_in
 
@@ -29,6 +36,16 @@ class EmLora(System):
     top_k = 1
     format_version = 2
     before = MappingProxyType({"top_k": 1, "em_activation": "rational_unlimited"})
+    settings = (
+        "top_k",
+        *BALANCE,
+        "init_lora_weights",
+        "em_pooler",
+        "em_weighting",
+        "em_activation",
+        "em_dora",
+    )
+    defaults: ClassVar = {"r": 32, "learning_rate": 1e-4}  # section 4.3 and the appendix
     balance_coef = 1e-2
     takes_allocation = False
     budget_knob = "rank"
