@@ -110,7 +110,8 @@ def test_other_exports(metrics):
 def test_a_mixture_is_refused_and_plain_lora_is_trained(metrics):
     pytest.importorskip("peft")
     from htsr_alloc.lora_moe import build
-    from htsr_alloc.training.models import Adapter, trainable
+    from htsr_alloc.training.methods import Adapter
+    from htsr_alloc.training.models import trainable
 
     made = allocate(metrics, adapter_kind="lora", rank=4)
     with pytest.raises(HtsrError, match="A mixture needs experts"):
