@@ -19,11 +19,11 @@ def smollm2() -> Metrics:
 
 def test_analyze_takes_a_path_a_checkpoint_and_single_settings(model, tmp_path):
     found = analyze(model, estimator="median")
-    again = analyze(open_checkpoint(str(model)), Settings("median", noise=0.01))
+    again = analyze(open_checkpoint(str(model)), Settings("median"))
     assert found.matrices == again.matrices
     assert found.settings == Settings("median", noise=0.01)
     assert analyze(str(model)).settings.estimator == "official"
-    assert analyze(model, Settings("ks"), bins=50).settings == Settings("ks", bins=50)
+    assert analyze(model, Settings("ks"), bins=50).settings == Settings("ks", bins=50, noise=0.01)
     farms = analyze(model, farms=htsr_alloc.Farms(rows=8, windows=2))
     assert farms.settings.estimator == "median"
     written = analyze(model, output=tmp_path / "x.metrics.json")
