@@ -94,7 +94,8 @@ def routing_report(
 
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
-        if adapter in layer.mixture and adapter in layer.lora_moe_router:
+        # A layer's own router (``place``) reads prompts, not what this linear reads.
+        if adapter in layer.lora_moe_router and adapter not in layer.place:
             mask = state.mask(x.shape[:-1], layer.name)
             sums.setdefault(layer.name, _Sums()).add(layer.route(x, adapter), mask)
 

@@ -62,9 +62,8 @@ def test_a_name_in_csv_is_no_formula(name):
     import dataclasses
     import io
 
-    from htsr_alloc.allocation.exports.lora import Lora
-
     from htsr_alloc.allocation.exports import EXPORTS
+    from htsr_alloc.records.lora import Lora
 
     row = dataclasses.replace(ALLOCATION.evidence[0], prefix=name)
     made = dataclasses.replace(ALLOCATION, evidence=(row, *ALLOCATION.evidence[1:]))

@@ -291,7 +291,8 @@ def adapters() -> tuple[Any, Callable[[bytes], bool]]:
 
     from helpers import moe_tiny
     from htsr_alloc.allocation import allocate
-    from htsr_alloc.training.models import Adapter, open_adapter
+    from htsr_alloc.training.methods import Adapter
+    from htsr_alloc.training.models import open_adapter
 
     place = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, place)

@@ -366,7 +366,7 @@ def test_bad_layouts_are_refused(settings, sentence):
         ({"r": 0}, "r must be an integer"),
         ({"top_k": 0}, "top_k must be"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"system": "mor", "router_aux_loss_coef": 0.1}, "no balance loss"),
+        ({"system": "hydra", "router_aux_loss_coef": 0.1}, "no balance loss"),
         ({"system": "hydra", "top_k_pattern": {"x": 1}}, "has no top_k"),
         ({"expert_pattern": {"x": -1}}, "at least 0"),
         ({"router_aux_loss_coef": -1}, "negative"),

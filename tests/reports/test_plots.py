@@ -439,7 +439,7 @@ def test_errors_are_one_sentence(minilm, invoke, tmp_path, before, arguments, se
     listed = sorted(tmp_path.iterdir())
     done = invoke("plot", "minilm.metrics.json", *arguments)
     assert done.rc == (
-        2 if arguments[0] in ("--metric", "--view") and "There is no" in sentence else 1
+        2 if arguments[:1] in (["--metric"], ["--view"]) and "There is no" in sentence else 1
     )
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) <= 2

@@ -193,9 +193,18 @@ def with_matrices(metrics, **changes):
     return dataclasses.replace(metrics, matrices=(first, *metrics.matrices[1:]))
 
 
+def by_kernel(metrics):
+    """The same, as if fitted by the estimator for decisions."""
+    settings = dataclasses.replace(metrics.settings, estimator="kde-mean")
+    return dataclasses.replace(metrics, settings=settings)
+
+
 def test_every_caution(tmp_path):
     metrics = made_metrics(deep_table(3))
-    assert cautions_of(tmp_path, metrics) == ""
+    assert cautions_of(tmp_path, by_kernel(metrics)) == ""
+    assert "The estimator official reproduces a paper." in cautions_of(tmp_path, metrics)
+    short = with_matrices(by_kernel(metrics), k=20)
+    assert "Tails of fewer than 50 eigenvalues: 1 of 21." in cautions_of(tmp_path, short)
     table = deep_table(3)
     table[0, 1], table[2] = np.nan, np.nan
     said = cautions_of(tmp_path, made_metrics(table))
@@ -229,7 +238,7 @@ def test_every_caution(tmp_path):
 
 def test_nothing_to_say_is_said(tmp_path):
     path = tmp_path / "made.metrics.json"
-    path.write_text(dumps(made_metrics(deep_table(3))))
+    path.write_text(dumps(by_kernel(made_metrics(deep_table(3)))))
     text = Page(report(path)).said("p")
     assert "Nothing in the files calls for caution." in text
     assert "There are no spectra beside the metrics file" in text
