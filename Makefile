@@ -9,14 +9,16 @@
 #
 # Needs python3 (3.10 or later), make and a package registry. Everything goes into .venv, .cache
 # and build. Other choices: make demo MODEL=minilm, make demo MODEL=org/model (a hub id),
-# make PYTHON=python3.12 test, make test ARGS="-k estimators", make test ARGS="-n 2 --dist loadfile"
-# (two processes), make lock ARGS=--upgrade.
+# make PYTHON=python3.12 test, make test ARGS="-k estimators", make test PROCESSES=1, make lock
+# ARGS=--upgrade.
 
 PYTHON ?= python3
 MODEL  ?= smollm2
 T      ?= 160
 BETA   ?= 2.5
 ARGS   ?=
+# A process of the tests takes about 1 GB; a file's tests stay in one process.
+PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -38,7 +40,7 @@ demo: .venv/demo
 	esac
 
 test: .venv/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 faults: .venv/test
 	PYTHONPATH=tests $(BIN)/python -m helpers.faults_table $(ARGS)

@@ -20,7 +20,7 @@ def rows_of(
             reached; a column that JSON cannot hold.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  (not a dependency)
     except ImportError:
         raise HtsrError(
             f"{repo_id} is not a file here, and a data set of the hub needs the datasets library.",
