@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from htsr_alloc.cli.choices import Choice, filled
+from htsr_alloc.errors import HtsrError
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
     "adapter_kind": ["--for"],
@@ -59,6 +60,19 @@ Target = Annotated[
 ]
 Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
 Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]
+
+
+def pairs(given: Sequence[str]) -> dict[str, str]:
+    """What ``--set NAME=VALUE`` gives, by name."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise HtsrError(f"--set {text} has no value.", "Write --set NAME=VALUE.")
+        if name in found:
+            raise HtsrError(f"--set {name} is given twice.")
+        found[name] = value
+    return found
 
 
 def declared(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import Push, base_of, hand_on
 from htsr_alloc.cli.choices import DTYPE, TASK, TRAINED_SYSTEM
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device, Target
+from htsr_alloc.cli.options import Chat, Device, Target, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import check_installed
@@ -91,7 +90,7 @@ def train(
         system,
         loaded,
         target=target or (),
-        settings=_pairs(settings or ()),
+        settings=pairs(settings or ()),
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -129,16 +128,3 @@ def train(
     screen.show(views.trained(done))
     what = "model" if adapter.whole else "adapter"
     screen.note(f"wrote {output}: the {what}, {PICTURE} and log.jsonl")
-
-
-def _pairs(given: Sequence[str]) -> dict[str, str]:
-    """The settings by name."""
-    pairs: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise HtsrError(f"--set {text} has no value.", "Write --set NAME=VALUE.")
-        if name in pairs:
-            raise HtsrError(f"--set {name} is given twice.")
-        pairs[name] = value
-    return pairs

@@ -62,7 +62,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class StrategyRecord:
     """How an allocation was chosen; a field that the strategy does not use is null.
 
     ``spread`` is the ratio of quotas that beta was solved for. ``farms`` are the windows that the
@@ -154,7 +154,7 @@ class Allocation:
     tool: Tool | None = None
     model: Model | None = None
     metrics: File | None = None
-    strategy: Strategy | None = None
+    strategy: StrategyRecord | None = None
     evidence: tuple[Evidence, ...] = ()
     modules: tuple[Module, ...] = field(default=(), metadata=ADDED)
     parameters: Parameters | None = field(default=None, metadata=ADDED)
