@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.report import evaluating
+from htsr_alloc.lora_moe.routing import evaluating
 from htsr_alloc.training import evaluate, labelled, models, rows, tokens
 from htsr_alloc.training.evaluate import Progress, Score, score_of
 from htsr_alloc.training.labelled import Labelled
