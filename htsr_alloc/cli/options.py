@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hint
 import typer
 from typer.core import TyperCommand
 
-from htsr_alloc.cli.choices import Choice, filled
+from htsr_alloc.cli.choices import DTYPE, Choice, filled
 from htsr_alloc.errors import HtsrError
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
@@ -58,6 +58,10 @@ LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
     list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
 ]
+OfAdapter = Annotated[
+    str | None, "Folder or hub id of the model; default the one that the adapter names."
+]
+Dtype = Annotated[str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE]
 Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
 Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]
 

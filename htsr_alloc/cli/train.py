@@ -9,9 +9,9 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import Push, base_of, hand_on
-from htsr_alloc.cli.choices import DTYPE, TASK, TRAINED_SYSTEM
+from htsr_alloc.cli.choices import TASK, TRAINED_SYSTEM
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device, Target, pairs
+from htsr_alloc.cli.options import Chat, Device, Dtype, Target, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import check_installed
@@ -53,9 +53,7 @@ def train(
     target: Target = None,
     max_length: Annotated[int, "Most tokens of a row; longer prompts are cut."] = 512,
     chat: Chat = False,
-    dtype: Annotated[
-        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     resume: Annotated[bool, "Continue at the last checkpoint in the output folder."] = False,
     push: Push = None,

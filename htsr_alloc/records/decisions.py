@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from htsr_alloc.errors import check_choice
 from htsr_alloc.records.facts import (
     ADDED,
     Count,
@@ -18,7 +19,6 @@ from htsr_alloc.records.facts import (
     Model,
     Tool,
     check_bare_name,
-    named_table,
 )
 from htsr_alloc.records.frames import frame
 
@@ -169,7 +169,7 @@ class Allocation:
         Raises:
             HtsrError: pandas is not installed, or there is no such table.
         """
-        named_table(table, ("layers", "modules"))
+        check_choice("table", table, ("layers", "modules"))
         if table == "modules":
             return frame(self.modules, Module)
         rows = self.evidence or tuple(
