@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import re
 from collections.abc import Iterator
@@ -42,6 +41,8 @@ class Choice:
         """
         names = self.names()
         if name not in names:
+            import difflib  # for this only: --help is quicker without
+
             near = difflib.get_close_matches(name, names, 1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise UnknownName(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
@@ -119,17 +119,16 @@ def declared(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(kind: Any) -> Iterator[inspect.Parameter]:
+@functools.cache
+def _fields(kind: Any) -> tuple[inspect.Parameter, ...]:
     """A dataclass's fields with help, as parameters of a command."""
     hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        if get_origin(hints[field.name]) is Annotated:
-            yield inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=hints[field.name],
-            )
+    only = inspect.Parameter.KEYWORD_ONLY
+    return tuple(
+        inspect.Parameter(own.name, only, default=own.default, annotation=hints[own.name])
+        for own in dataclasses.fields(kind)
+        if get_origin(hints[own.name]) is Annotated
+    )
 
 
 def _typed(own: inspect.Parameter, choice: Choice | None) -> Any:
