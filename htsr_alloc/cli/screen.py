@@ -32,6 +32,18 @@ PIPE_WIDTH = 200  # columns assumed when the output is not a terminal: nothing i
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi, zero-width), line separators
 
 
+def open_streams() -> None:
+    """Give stdin, stdout and stderr to a process that was started without one of them.
+
+    Else the next file that it opens gets the stream's number. Writing to a closed stdout stays an
+    error; what would go to a closed stderr is lost.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # the lowest free
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
+
+
 def clean(text: object) -> str:
     """Text from a file, without characters that drive the terminal or hide in it."""
     said = str(text)
