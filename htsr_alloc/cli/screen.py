@@ -25,7 +25,6 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from htsr_alloc.analysis.cost import flops
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, write_text
 
@@ -148,6 +147,8 @@ class Screen:
         if not self.watched:
             yield from stream
             return
+        from htsr_alloc.analysis.cost import flops
+
         total = sum(flops(matrix) for matrix in layer_map.matrices)
         columns = (
             BarColumn(),

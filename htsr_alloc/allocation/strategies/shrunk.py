@@ -56,3 +56,6 @@ class Shrunk(AlphaLora):
         )
         signal = Signal(roles, found.common, found.p, found.uniform)
         return replace(metrics, matrices=matrices, layers=layers), signal
+
+
+STRATEGY = Shrunk
