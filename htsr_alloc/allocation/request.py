@@ -179,7 +179,7 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
         owners = [other for other in STRATEGIES if key in _settings(other)]
         if owners:
             raise HtsrError(
-                f"`{key}` belongs to the {' and '.join(owners)} strategy, not to {name}.",
+                f"`{key}` belongs to the {', '.join(owners)} strategy, not to {name}.",
                 f"Leave it out, or give `strategy` {owners[0]}.",
             )
     return STRATEGIES[name](
