@@ -199,7 +199,7 @@ def _check_owner(strategy: str, key: str) -> None:
     owners = [other for other in STRATEGIES if key in _settings(other)]
     if owners and strategy not in owners:
         raise HtsrError(
-            f"`{key}` belongs to the {' and '.join(owners)} strategy, not to {strategy}.",
+            f"`{key}` belongs to the {', '.join(owners)} strategy, not to {strategy}.",
             f"Leave it out, or give `strategy` {owners[0]}.",
         )
 

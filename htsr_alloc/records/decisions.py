@@ -183,6 +183,11 @@ class Allocation:
         """Whether counts are ranks of plain LoRA, not experts."""
         return self.unit == RANKS
 
+    @property
+    def counted(self) -> Literal["experts", "ranks"]:
+        """What the counts are, in a word."""
+        return "ranks" if self.holds_ranks else "experts"
+
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
         if sum(self.experts) != self.budget:
