@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.checkpoints.listing import TensorRef
 from htsr_alloc.checkpoints.quantised.base import Format, Parts, Read, no_library
+from htsr_alloc.checkpoints.quantised.bnb import BITSANDBYTES
+from htsr_alloc.checkpoints.quantised.compressed import COMPRESSED
+from htsr_alloc.checkpoints.quantised.fp4 import FP4
 from htsr_alloc.checkpoints.quantised.ggml import GGUF
+from htsr_alloc.checkpoints.quantised.gptq import AWQ, GPTQ
 from htsr_alloc.checkpoints.quantised.scaled import SCALED
 
 if TYPE_CHECKING:
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 # In the order in which they may claim a tensor.
 FORMATS: dict[str, Format] = {
     "gguf": GGUF,
+    "bitsandbytes": BITSANDBYTES,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "fp4": FP4,
+    "compressed-tensors": COMPRESSED,
     "scaled": SCALED,
 }
 

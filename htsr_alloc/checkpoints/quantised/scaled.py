@@ -100,7 +100,7 @@ def powers_of_two(raw: torch.Tensor) -> torch.Tensor:
     """E8M0, the scale of the OCP's MX formats: 2^(x - 127), and NaN for 255."""
     import torch
 
-    exact = torch.ldexp(torch.ones(()), raw.to(torch.int32) - 127)
+    exact = torch.ldexp(torch.ones(raw.shape), raw.to(torch.int32) - 127)
     return exact.masked_fill(raw == 255, float("nan"))
 
 
