@@ -19,6 +19,7 @@ ARROWS = {
     "allocation": {"records", "spectra", "analysis"},
     "lora_moe": {"records", "checkpoints", "allocation"},
     "training": {"records", "spectra", "allocation", "lora_moe"},
+    "serving": {"lora_moe"},
     "watching": {"records", "spectra", "analysis", "lora_moe"},
     "reports": {"records", "allocation"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,28 +53,34 @@ class GatedLora:
 
     def delta(self, x: Tensor) -> Tensor:
         """Δ(x), (..., d_out), in the dtype of A. x: (..., d_in)."""
-        own = x.to(self.a.dtype)
-        a, b, expert = self.flat()
-        hidden = F.linear(own, a)  # (..., R + R')
-        if self.router is not None:
-            gate = self.weights(x).to(hidden.dtype)
-            one = torch.ones_like(gate[..., :1])
-            hidden = hidden * torch.cat([gate, one], -1)[..., expert]  # UNGATED is the last
-        return F.linear(hidden, b)
+        a, b = self.flat()
+        hidden = F.linear(x.to(a.dtype), a)  # (..., R + R')
+        return F.linear((hidden * self.by_rank(x)).to(a.dtype), b)
 
-    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A (R + R', d_in), s B (d_out, R + R') and the expert of each rank, residual included.
-
-        Without a router every rank is UNGATED.
-        """
-        a, b, expert = self.a, self.b * self.scale, self.expert_of_rank
+    def by_rank(self, x: Tensor) -> Tensor | float:
+        """The weight of each rank, (..., R + R'), residual included; 1 where there is no router."""
         if self.router is None:
-            expert = torch.full_like(expert, UNGATED)
-        if self.residual is not None:
-            res_a, res_b = self.residual
-            a, b = torch.cat([a, res_a]), torch.cat([b, -res_b], 1)
-            expert = torch.cat([expert, expert.new_full((len(res_a),), UNGATED)])
-        return a, b, expert
+            return 1.0
+        gate = self.weights(x)
+        gate = torch.cat([gate, torch.ones_like(gate[..., :1])], -1)  # UNGATED is the last
+        return gate[..., self.ranks]
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """The expert of each rank, (R + R',), residual included; UNGATED without a router."""
+        own = self.expert_of_rank
+        if self.router is None:
+            own = torch.full_like(own, UNGATED)
+        if self.residual is None:
+            return own
+        return torch.cat([own, own.new_full((len(self.residual[0]),), UNGATED)])
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """A (R + R', d_in) and s B (d_out, R + R'), residual included."""
+        a, b = self.a, self.b * self.scale
+        if self.residual is None:
+            return a, b
+        return torch.cat([a, self.residual[0]]), torch.cat([b, -self.residual[1]], 1)
 
 
 def _top_k(own: GatedLora, logits: Tensor, x: Tensor) -> gates.Routing:

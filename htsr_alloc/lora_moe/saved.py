@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,14 @@ from htsr_alloc.lora_moe.register import LORA_MOE, NAME
 from htsr_alloc.lora_moe.systems import SYSTEMS
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter's file
+CONFIG = "adapter_config.json"
 ADAPTER = "saved"
+
+
+def is_mixture(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter of this package."""
+    path = Path(folder) / CONFIG
+    return path.is_file() and json.loads(path.read_text("utf-8")).get("peft_type") == LORA_MOE
 
 
 def read_gated(folder: str | Path) -> dict[str, GatedLora]:
