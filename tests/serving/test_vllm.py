@@ -13,17 +13,17 @@ import os
 import pytest
 from helpers.commands import ROOT
 
-pytestmark = pytest.mark.server
 pytest.importorskip("vllm", reason="needs vLLM 0.32 (make serve-demo)")
-
-MODEL = ROOT / ".cache" / "smollm2-gguf"
-if not (MODEL / "model.safetensors.index.json").is_file():
-    pytest.skip("needs SmolLM2 (make serve-demo)", allow_module_level=True)
 
 import torch
 from helpers import moe_tiny as tiny
 
 from htsr_alloc.serving.launch import CPU
+
+pytestmark = pytest.mark.server
+MODEL = ROOT / ".cache" / "smollm2-gguf"
+if not (MODEL / "model.safetensors.index.json").is_file():
+    pytest.skip("needs SmolLM2 (make serve-demo)", allow_module_level=True)
 
 os.environ.update({**CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"})
 
