@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from htsr_alloc.lora_moe.gated import GatedLora
+from htsr_alloc.serving.launch import MOST
 from htsr_alloc.serving.vllm.slots import Held, SlotGates, add_by_slot
 
-MOST = "HTSR_VLLM_MAX_EXPERTS"  # environment: N_max of the buffers on a GPU
 DEFAULT_MOST = 16
 
 
