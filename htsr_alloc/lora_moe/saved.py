@@ -45,12 +45,13 @@ def read_gated(folder: str | Path) -> dict[str, GatedLora]:
             f"{folder} is a {config.peft_type} adapter and not a {LORA_MOE} one.",
             "PEFT and the servers take it as it is.",
         )
-    if config.modules_to_save:
-        raise HtsrError(
-            f"{folder} also holds trained modules ({', '.join(config.modules_to_save)}), which "
-            "are not part of a LoRA.",
-            "Load it with PEFT.",
-        )
+    for held in (config.modules_to_save, config.trainable_token_indices):
+        if held:
+            raise HtsrError(
+                f"{folder} also holds trained modules or tokens ({', '.join(map(str, held))}), "
+                "which are not part of a LoRA.",
+                "Load it with PEFT.",
+            )
     SYSTEMS[config.system].serves()
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in load_peft_weights(str(folder), device="cpu").items():

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 
 import torch
 from helpers import moe_tiny as tiny
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from htsr_alloc.errors import HtsrError
@@ -91,8 +91,26 @@ def test_another_adapter_and_trained_modules_are_refused(tmp_path):
     with pytest.raises(HtsrError, match="LORA adapter"):
         read_gated(tmp_path / "plain")
     saved(tmp_path / "whole", "alphalora", {"modules_to_save": ["lm_head"]})
-    with pytest.raises(HtsrError, match="trained modules \\(lm_head\\)"):
+    with pytest.raises(HtsrError, match="trained modules or tokens \\(lm_head\\)"):
         read_gated(tmp_path / "whole")
+    saved(tmp_path / "tokens", "alphalora", {"trainable_token_indices": [5, 7]})
+    with pytest.raises(HtsrError, match="trained modules or tokens \\(5, 7\\)"):
+        read_gated(tmp_path / "tokens")
+
+
+def test_trained_tokens_are_saved_and_loaded_with_the_experts(tmp_path):
+    model = saved(tmp_path, "alphalora", {"trainable_token_indices": [5, 7]})
+    again = PeftModel.from_pretrained(tiny.llama(), str(tmp_path)).eval()
+    tokens = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        want, got = model(tokens).logits, again(tokens).logits
+        with model.disable_adapter():
+            bare = model(tokens).logits
+    torch.testing.assert_close(got, want)
+    rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    assert rows.requires_grad
+    assert (rows - tiny.llama().get_input_embeddings().weight[[5, 7]]).abs().max() > 0.1
+    assert (bare - want).abs().max() > 1e-2
 
 
 def test_tensors_of_another_configuration_are_refused(tmp_path):

@@ -195,9 +195,9 @@ def test_adapters_come_and_go_and_requests_are_given_up_under_load(server, wante
 
 def test_what_cannot_be_served_is_refused_by_name_and_the_server_goes_on(server, wanted, folder):
     def refused(name):
+        asked = {"lora_name": name, "lora_path": str(folder / name)}
         with pytest.raises(urllib.error.HTTPError) as caught:
-            path = str(folder / name)
-            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+            server.post("/v1/load_lora_adapter", asked)
         return caught.value.read().decode()
 
     for name, system, settings in (
