@@ -69,7 +69,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
             f"Use get_peft_model(model, LoraMoeConfig(system={system.name!r})).",
         )
     prefixes = resolve_layers(model, allocation)
-    allocation = renamed(allocation, prefixes)
+    allocation = renamed(model, allocation, prefixes)
     modules = resolve_modules(
         model, prefixes, allocation, config.pop("target_modules", None), system.targets
     )
@@ -153,7 +153,7 @@ def control(
     """
     allocation = load(allocation)
     prefixes = resolve_layers(model, allocation)
-    named = renamed(allocation, prefixes)
+    named = renamed(model, allocation, prefixes)
     modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
     lora = export.Lora(r, lora_alpha, lora_dropout)
     everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}

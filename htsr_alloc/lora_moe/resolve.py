@@ -10,10 +10,11 @@ from torch import nn
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.linears import left_out, widths
+from htsr_alloc.lora_moe.names import Names
 from htsr_alloc.records import Allocation, Evidence
 
 
-def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
+def renamed(model: nn.Module, allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
     """The allocation with the model's own names of blocks and linears.
 
     Args:
@@ -26,13 +27,14 @@ def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
         Evidence(i, None, None, None, n, "the counts were given")
         for i, n in enumerate(allocation.experts)
     )
-    modules = []
+    modules, names = [], Names(model)
     for module in allocation.modules:
         block = rows[module.layer].prefix
         if block is None or not module.name.startswith(block + "."):
             place = "which has no block" if block is None else f"whose block is {block}"
             raise HtsrError(f"The allocation lists {module.name} in layer {module.layer}, {place}.")
-        name = prefixes[module.layer] + module.name.removeprefix(block)
+        inside = prefixes[module.layer] + module.name.removeprefix(block)
+        name = inside if inside in names.modules else names.module(module.name) or inside
         modules.append(replace(module, name=name))
     evidence = (replace(row, prefix=name) for row, name in zip(rows, prefixes, strict=True))
     return replace(allocation, evidence=tuple(evidence), modules=tuple(modules))
@@ -41,8 +43,8 @@ def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
 def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
     """The full name of each allocated layer's block, in the allocation's order.
 
-    The evidence's prefixes are looked for as names or ends of names. Without them the one stack
-    of blocks with as many layers is taken.
+    The evidence's prefixes are looked for as names in the model, as names in a checkpoint of it,
+    and as ends of names. Without them the one stack of blocks with as many layers is taken.
 
     Raises:
         HtsrError: not exactly one block for a layer, or blocks left over.
@@ -64,12 +66,14 @@ def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
         if len(fitting) != 1:
             raise mismatch
         return fitting[0]
-    names = [name for name, _ in model.named_modules()]
+    names = Names(model)
     found = []
     for prefix in wanted:
-        same = [name for name in names if name == prefix or name.endswith("." + prefix)]
+        own = names.module(prefix)
+        same = names.ends(prefix) if own is None else [own]
         if len(same) > 1:
-            raise HtsrError(f"{prefix} is in the model {len(same)} times: {', '.join(same)}.")
+            listed = ", ".join(sorted(same))
+            raise HtsrError(f"{prefix} is in the model {len(same)} times: {listed}.")
         found += same
     used = {name.rpartition(".")[0] for name in found}
     total = sum(len(blocks) for name, blocks in stacks.items() if name in used)
