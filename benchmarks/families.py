@@ -1,6 +1,6 @@
 """Tiny random models of transformers' families, from a hub checkpoint to a trained adapter.
 
-    python benchmarks/families.py [--tasks lm vl s2s image mlm] [--only NAME ...] [--markdown]
+    python benchmarks/families.py [--tasks vl lm s2s image mlm] [--only NAME ...]
 
 Each family's default configuration is made small by the names of its numbers, a random model of it
 is saved as hub checkpoints look, and goes the whole way: analyze, allocate, build, a forward pass
@@ -44,15 +44,17 @@ SIZES = (
     (r"image_size|input_size|img_size", 32),
     (r"patch_size|spatial_patch_size", 8),
     (r"mamba_n_heads|mamba_num_heads", 8),
-    (r"sliding_window(_size)?|attention_window|window_size", 16),
+    (r"sliding_window(_size)?|attention_window|window_size|rotary_dim", 16),
 )  # fmt: skip
-COMPUTED = {"layer_types", "mlp_layer_types", "layers_block_type", "moe_layers", "rope_scaling",
+COMPUTED = {"layers_block_type", "moe_layers", "rope_scaling", "per_layer_config",
             "model_type", "transformers_version", "dtype", "architectures",
             "_name_or_path", "out_features", "out_indices"}  # fmt: skip
+KINDS = ("layer_types", "mlp_layer_types")  # of layers: two different ones, where there are
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 # What the names do not say.
 OWN: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "granitemoehybrid": MAMBA,
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -66,8 +68,8 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
 }
 TASKS = {  # task -> the Auto class's table, and the inputs that its models take
-    "lm": ("CAUSAL_LM", ("text",)),
     "vl": ("IMAGE_TEXT_TO_TEXT", ("text",)),
+    "lm": ("CAUSAL_LM", ("text",)),
     "s2s": ("SEQ_TO_SEQ_CAUSAL_LM", ("text", "target")),
     "image": ("IMAGE_CLASSIFICATION", ("image",)),
     "mlm": ("MASKED_LM", ("text",)),
@@ -97,7 +99,17 @@ STEPS = ("made", "analysed", "allocated", "built", "trained", "reloaded")
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration's dictionary with small numbers."""
-    return {key: _small(key, value) for key, value in values.items() if key not in COMPUTED}
+    small = {key: _small(key, value) for key, value in values.items() if key not in COMPUTED}
+    if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    for name in KINDS:
+        kinds = list(dict.fromkeys(values.get(name) or ()))
+        if kinds:
+            small[name] = (kinds * 2)[:2]
+    if values.get("mrope_section"):  # of a quarter, or all, of 16 / 2 frequencies
+        half = round(8 * (values.get("partial_rotary_factor") or 1))
+        small["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    return small
 
 
 def _small(key: str, value: Any) -> Any:

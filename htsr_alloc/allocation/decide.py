@@ -15,7 +15,7 @@ from htsr_alloc.allocation.rounding import Bounds, repair_remainder
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.sharing import Sharing
 from htsr_alloc.allocation.strategies import Plan
-from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units
+from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units, selected
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import (
     EXPERTS,
@@ -74,7 +74,7 @@ def allocate(
     ranks = isinstance(asked, Rank)
     facts: dict[str, Any] = {"targets": request.targets or None, "signal": signal}
     if ranks and metrics is not None and not request.targets:  # for exports: ranks need names
-        facts["targets"] = tuple(sorted({matrix.role for matrix in metrics.matrices}))
+        facts["targets"] = tuple(sorted({matrix.role for matrix in selected(metrics, ())}))
     if request.scores is not None:
         values = request.scores.of(units, metrics)
         units = [replace(unit, score=v) for unit, v in zip(units, values, strict=True)]

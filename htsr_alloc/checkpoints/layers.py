@@ -44,12 +44,20 @@ SKIPPED_OUTSIDE = (
 # What names the router of a mixture, in a block that has experts.
 ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
 
+# Linears that are analysed, but adapted only where they are named, and why.
+LEFT_ALONE = (
+    (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
+    (r"(^|\.)indexer\.", "what it picks has no gradient"),
+)
+EXPERT = "one of the base's own experts"
+
 # More than any model has; a hostile header could make us list billions.
 MAX_BLOCKS = 10_000
 MAX_EXPERTS = 100_000  # in a stack
 MAX_PARTS = 50  # of a dotted name
 EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def map_layers(
         if len(ref.shape) == 3:
             matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
         else:
-            expert = int(parts[position]) if position else None
+            expert = int(parts[position].removeprefix("expert_")) if position else None
             matrices.append(MatrixRef(ref, None, layer, roles[ref.name], expert))
     matrices.sort(key=lambda m: (m.layer, natural(m.name)))
     return LayerMap(tuple(prefixes), tuple(matrices), tuple(skipped.items()), tuple(quantised))
@@ -248,6 +256,15 @@ def skipped_by_name(module: str) -> str | None:
     return next(found, None)
 
 
+def left_alone(module: str) -> str | None:
+    """Why a linear of this full name is adapted only where it is named; None of most.
+
+    A slice ``[i]`` of a tensor is an expert.
+    """
+    found = (reason for pattern, reason in LEFT_ALONE if re.search(pattern, module))
+    return EXPERT if module.endswith("]") or is_numbered_expert(module) else next(found, None)
+
+
 def is_mixture(name: str, dims: int) -> bool:
     """Whether a tensor of this full name and number of dimensions belongs to experts."""
     stacked = dims == 3 or is_numbered_expert(name) or _names(STACKED_2D, name)
@@ -274,7 +291,7 @@ def _expert_position(name: str) -> int | None:
     """Where in the dotted name the expert's number stands: right after a word like experts."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        if NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
+        if EXPERT_NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
             return i
     return None
 

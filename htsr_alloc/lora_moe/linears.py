@@ -8,14 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from htsr_alloc.checkpoints.layers import is_mixture, is_router, skipped_by_name
+from htsr_alloc.checkpoints.layers import is_mixture, is_router, left_alone, skipped_by_name
 from htsr_alloc.errors import HtsrError
-
-# Linears on which an adapter would never act.
-NEVER_ACT = (
-    (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
-    (r"(^|\.)indexer\.", "what it picks has no gradient"),
-)
 
 
 def base_weight(base_layer: nn.Module) -> Tensor:
@@ -58,17 +52,16 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 def left_out(model: nn.Module) -> dict[str, str]:
     """The linears that are adapted only where they are named, and why, by full name.
 
-    The model's own routers and gates and whatever else an analysis leaves out by its name; and
-    linears on which an adapter would never act.
+    The model's own routers and gates and whatever else an analysis leaves out by its name; its
+    own experts; and linears on which an adapter would never act.
     """
     weights = ((name, p.dim()) for name, p in model.named_parameters())
     mixtures = {block_of(name) for name, dims in weights if is_mixture(name, dims)}
     found = {}
     for name, _ in model.named_modules():
-        reasons = [reason for pattern, reason in NEVER_ACT if re.search(pattern, name)]
-        if block_of(name) in mixtures and is_router(name):
-            reasons.append("router")
-        reason = skipped_by_name(name) or next(iter(reasons), None)
+        reason = skipped_by_name(name) or left_alone(name)
+        if reason is None and block_of(name) in mixtures and is_router(name):
+            reason = "router"
         if reason is not None:
             found[name] = reason
     return found
