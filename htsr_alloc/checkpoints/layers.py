@@ -42,7 +42,7 @@ SKIPPED_OUTSIDE = (
     (r"(embed\w*|shared|patch\w*)", "embedding"),
 )
 # What names the router of a mixture, in a block that has experts.
-ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
+ROUTER_NAMES = r"(gate|router\w*|router\w*\.\w+|shared_expert_gate|wg)"
 
 # Linears that are analysed, but adapted only where they are named, and why.
 LEFT_ALONE = (
@@ -97,7 +97,8 @@ class LayerMap:
 
     Attributes:
         prefixes: the blocks, ``model.layers.0`` first, in numeric order; the stacks of a model
-            with several (encoder, decoder) one after the other. The position is the layer.
+            with several (encoder, decoder) one after the other. The position is the layer. A
+            stack of which nothing is selected has none.
         matrices: in layer order, then by name.
         skipped: (name, reason) of every other tensor.
         quantised: names of integer tensors that stand where weights belong.
@@ -162,9 +163,10 @@ def map_layers(
             quantised.append(ref.name)
         else:
             kept.append(ref)
+    taken = {blocks[name][0] for name in (*(ref.name for ref in kept), *quantised)}
     prefixes: list[str] = []
     first: dict[str, int] = {}  # stack -> the layer number of its block 0
-    for stack in sorted(found, key=lambda name: ("decoder" in name, natural(name))):
+    for stack in sorted(taken, key=lambda name: ("decoder" in name, natural(name))):
         if max(found[stack]) >= MAX_BLOCKS:
             raise HtsrError(f"{stack}.{max(found[stack])}: no model has that many blocks.")
         first[stack] = len(prefixes)

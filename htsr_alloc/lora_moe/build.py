@@ -51,7 +51,8 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
-            layer, or the system's ``targets``; ``top_k`` overrides the allocation's.
+            layer, or of a system such as MoR to every feed-forward one; ``top_k`` overrides the
+            allocation's.
 
     Raises:
         HtsrError: the allocation is for another number of layers; a layer or a target is not in
@@ -71,7 +72,7 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
     prefixes = resolve_layers(model, allocation)
     allocation = renamed(model, allocation, prefixes)
     modules = resolve_modules(
-        model, prefixes, allocation, config.pop("target_modules", None), system.targets
+        model, prefixes, allocation, config.pop("target_modules", None), system
     )
     targets = [name for names in modules.values() for name in names]
     if allocation.modules:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.linears import left_out, widths
+from htsr_alloc.lora_moe.linears import feed_forward, left_out, widths
 from htsr_alloc.lora_moe.names import Names
+from htsr_alloc.lora_moe.systems import System
 from htsr_alloc.records import Allocation, Evidence
 
 
@@ -100,15 +101,15 @@ def resolve_modules(
     prefixes: Sequence[str],
     allocation: Allocation,
     targets: Sequence[str] | None,
-    usual: Sequence[str] = (),
+    system: System | None = None,
 ) -> dict[str, list[str]]:
     """Block -> full names of the linears to adapt; those without experts are skipped.
 
     Where the allocation lists linears (by the model's own names), no other is adapted.
 
     Args:
-        targets: ends of names. usual: last parts of names, where ``targets`` is None; empty: all
-            but those that ``linears.left_out`` names.
+        targets: ends of names; None: all but those that ``linears.left_out`` names, or what the
+            system adapts.
 
     Raises:
         HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
@@ -130,14 +131,16 @@ def resolve_modules(
     for name in listed:
         if name in avoided and listed[name]:
             warnings.warn(f"{name} gets no experts: {avoided[name]}.", stacklevel=2)
+    by_kind = targets is None and system is not None and system.feed_forward_only
+    usual = set(feed_forward(model)) if by_kind else None
     chosen: dict[str, list[str]] = {}
     unused = set(targets or ())
     for prefix, experts in zip(prefixes, allocation.experts, strict=True):
         inside = [n for n in linears if n.startswith(prefix + ".") and n not in avoided]
         if listed:
             inside = [name for name in inside if name in listed]
-        elif targets is None and usual:
-            inside = [n for n in inside if n.rpartition(".")[2] in usual]
+        elif usual is not None:
+            inside = [n for n in inside if n in usual]
         if targets is not None:
             matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
             for target, names in matched.items():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, TensorRef
 from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.stacks import other_stacks
 from htsr_alloc.errors import HtsrError
 
 
@@ -728,3 +729,36 @@ def test_real_checkpoints(checkpoint, name, layers, found_roles):
     assert [roles(found, i) for i in range(layers)] == [found_roles] * layers
     assert len(found.matrices) == layers * len(found_roles)
     assert len(found.matrices) + len(found.skipped) == len(opened.tensors)
+
+
+def test_a_stack_that_is_left_out_vanishes():
+    inner = {"attn.q_proj.weight": (64, 64)}
+    text, vision = numbered("language_model.layers", 3), numbered("visual.blocks", 2)
+    tensors = under([*text, *vision], inner)
+    whole = place(tensors)
+    assert whole.prefixes == (*text, *vision)
+    found = place(tensors, exclude=other_stacks(whole.prefixes, "visual"))
+    assert found.prefixes == tuple(vision)
+    assert [m.layer for m in found.matrices] == [0, 1]
+    found = place(tensors, exclude=other_stacks(whole.prefixes, "language_model"))
+    assert found.prefixes == tuple(text)
+    kept = place(tensors, exclude=["*layers.1.*"])  # a layer of a stack that stays is still one
+    assert kept.prefixes == (*text, *vision)
+
+
+def test_experts_with_a_word_before_their_number():
+    """Switch and NLLB: mlp.experts.expert_3.wi."""
+    stem = "encoder.block.1.layer.1.mlp"
+    tensors = {
+        **{
+            f"{stem}.experts.expert_{i}.{w}.weight": (16, 8) for i in range(3) for w in ("wi", "wo")
+        },
+        f"{stem}.router.classifier.weight": (3, 8),
+        "encoder.block.1.layer.0.SelfAttention.q.weight": (8, 8),
+    }
+    found = place(tensors)
+    assert {(m.role, m.expert) for m in found.matrices if m.expert is not None} == {
+        (role, i) for i in range(3) for role in ("wi", "wo")
+    }
+    assert roles(found, 1) == {"q"}
+    assert reasons(found) == {f"{stem}.router.classifier.weight": "router"}
