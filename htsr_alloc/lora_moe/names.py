@@ -66,17 +66,22 @@ class Names:
     def _backward(self) -> dict[str, str]:
         """Block of a checkpoint -> block of the model, as transformers renames when it saves.
 
-        A numbered part of a name holds the same tensors on both sides; where it does not, or
-        several blocks become one, the name is left out.
+        It changes the beginning of all names only if it did so when it loaded, so that both are
+        tried. A numbered part of a name holds the same tensors on both sides; where it does not,
+        or several blocks become one, the name is left out.
         """
-        reverse = [transform.reverse_transform() for transform in self._transforms[::-1]]
+        from transformers.core_model_loading import PrefixChange
+
         found: dict[str, set[str]] = defaultdict(set)
-        for name in self._state if reverse else ():
-            theirs = _blocks(_rename(name, reverse, reverse=True))
-            ours = _blocks(name)
-            if len(theirs) == len(ours):
-                for one, other in zip(theirs, ours, strict=True):
-                    found[one].add(other)
+        kept = [each for each in self._transforms if not isinstance(each, PrefixChange)]
+        for transforms in (self._transforms, kept):
+            reverse = [transform.reverse_transform() for transform in transforms[::-1]]
+            for name in self._state if reverse else ():
+                theirs = _blocks(_rename(name, reverse, reverse=True))
+                ours = _blocks(name)
+                if len(theirs) == len(ours):
+                    for one, other in zip(theirs, ours, strict=True):
+                        found[one].add(other)
         return {name: next(iter(ours)) for name, ours in found.items() if len(ours) == 1}
 
 

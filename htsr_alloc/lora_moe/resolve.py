@@ -77,7 +77,7 @@ def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
             raise HtsrError(f"{prefix} is in the model {len(same)} times: {listed}.")
         found += same
     used = {name.rpartition(".")[0] for name in found}
-    total = sum(len(blocks) for name, blocks in stacks.items() if name in used)
+    total = sum(len(list(model.get_submodule(name).children())) for name in used)
     if len(found) == 0:
         raise HtsrError(
             f"The model has no module {wanted[0]}; its layers are {sizes}.", mismatch.hint
