@@ -28,6 +28,7 @@ from htsr_alloc.cli.options import Command, declared, split_examples
 from htsr_alloc.cli.plot import plot
 from htsr_alloc.cli.report import report
 from htsr_alloc.cli.screen import open_streams
+from htsr_alloc.cli.serve import serve
 from htsr_alloc.cli.study import study
 from htsr_alloc.cli.train import train
 from htsr_alloc.version import __version__
@@ -54,6 +55,7 @@ COMMANDS = (
     train,
     evaluate,
     generate,
+    serve,
     collapse,
     study,
 )

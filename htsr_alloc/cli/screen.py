@@ -208,9 +208,29 @@ def _cell(value: object) -> str:
     return clean(value)
 
 
-def bar(value: float, largest: float, width: int = 24) -> str:
+def bar(value: float, largest: float, width: int) -> str:
     """A bar of at most ``width`` cells."""
     return "█" * max(1, round(value / largest * width)) if value > 0 else ""
+
+
+def short(prefix: str, most: int = 16) -> str:
+    """The end of a prefix, which tells layers apart: ``…ge_model.layers.10``."""
+    return prefix if len(prefix) <= most else "…" + prefix[1 - most :]
+
+
+def spans(numbers: Iterable[int], most: int = 4) -> str:
+    """Ascending numbers in few words: ``0, 3-29``; of more than ``most`` runs, the middle is
+    left out."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    said = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    if len(said) > most:
+        said = [*said[: most - 1], "…", said[-1]]
+    return ", ".join(said).replace("…,", "…")
 
 
 def size(count: float) -> str:

@@ -16,7 +16,7 @@ except ImportError as error:
         "pip install 'htsr-alloc[train]'",
     ) from None
 
-from htsr_alloc.lora_moe.build import build
+from htsr_alloc.lora_moe.build import build, config_for
 from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
@@ -37,6 +37,7 @@ __all__ = [
     "after_prompt",
     "build",
     "collapse",
+    "config_for",
     "plot_activations",
     "plot_routing",
     "router_aux_loss",

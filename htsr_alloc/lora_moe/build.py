@@ -44,14 +44,27 @@ class LayerReport:
 
 
 def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) -> PeftModel:
-    """Put the allocated experts on a model, as ``get_peft_model`` does.
+    """Put the allocated experts on a model, in place, as ``get_peft_model`` does.
+
+    The arguments are those of ``config_for``.
+    """
+    peft_model = get_peft_model(model, config_for(model, allocation, **config))  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def config_for(
+    model: nn.Module, allocation: Allocation | str | Path, **config: Any
+) -> LoraMoeConfig:
+    """The configuration of an allocation's experts on a model, for trainers that take one.
 
     Args:
-        model: a transformers model, adapted in place.
+        model: a transformers model; one without weights will do.
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
-            layer, or the system's ``targets``; ``top_k`` overrides the allocation's.
+            layer, or of a system such as MoR to every feed-forward one; ``top_k`` overrides the
+            allocation's.
 
     Raises:
         HtsrError: the allocation is for another number of layers; a layer or a target is not in
@@ -69,9 +82,9 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
             f"Use get_peft_model(model, LoraMoeConfig(system={system.name!r})).",
         )
     prefixes = resolve_layers(model, allocation)
-    allocation = renamed(allocation, prefixes)
+    allocation = renamed(model, allocation, prefixes)
     modules = resolve_modules(
-        model, prefixes, allocation, config.pop("target_modules", None), system.targets
+        model, prefixes, allocation, config.pop("target_modules", None), system
     )
     targets = [name for names in modules.values() for name in names]
     if allocation.modules:
@@ -86,14 +99,11 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
         for name, (n, k) in counts.items():
             if n and k != min(config["top_k"], n):
                 config["top_k_pattern"].setdefault(name, k)
-    made = LoraMoeConfig(
+    return LoraMoeConfig(
         target_modules=targets,
         expert_pattern={name: n for name, (n, _) in counts.items() if n},
         **config,
     )
-    peft_model = get_peft_model(model, made)  # type: ignore[arg-type]
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
 
 
 def load(allocation: Allocation | str | Path) -> Allocation:
@@ -153,7 +163,7 @@ def control(
     """
     allocation = load(allocation)
     prefixes = resolve_layers(model, allocation)
-    named = renamed(allocation, prefixes)
+    named = renamed(model, allocation, prefixes)
     modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
     lora = export.Lora(r, lora_alpha, lora_dropout)
     everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}

@@ -55,12 +55,28 @@ def this_tool() -> Tool:
 
 
 @dataclass(frozen=True)
+class Dequantised:
+    """``matrices`` quantised matrices of one kind that were analysed as the floats they stand for.
+
+    ``format`` is the way they are stored (``gguf``, ``gptq``), ``dtype`` that of the matrices;
+    ``library`` decoded them, or null where htsr did. Their smallest singular values are rounding
+    noise.
+    """
+
+    format: str
+    dtype: str
+    matrices: Count
+    library: str | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """What was analysed.
 
     ``revision`` is the hub's commit, or null for local files; ``weights_sha256`` is the hash
     over the stored bytes of every analysed tensor, in the order of ``matrices``. ``parameters``
     counts the numbers in all of the checkpoint's float tensors, embeddings included.
+    ``dequantised`` says which matrices were stored quantised.
     """
 
     name: str
@@ -69,6 +85,7 @@ class Model:
     architecture: str | None = None
     num_layers: int | None = None
     parameters: int | None = field(default=None, metadata=ADDED)
+    dequantised: tuple[Dequantised, ...] = field(default=(), metadata=ADDED)
 
 
 @dataclass(frozen=True)

@@ -365,9 +365,7 @@ def test_a_pickle_named_safetensors_is_never_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "label"), [("m.gguf", "GGUF"), ("tf_model.h5", "Keras"), ("model.onnx", "ONNX")]
-)
+@pytest.mark.parametrize(("name", "label"), [("tf_model.h5", "Keras"), ("model.onnx", "ONNX")])
 def test_other_formats_are_named(tmp_path, name, label):
     (tmp_path / name).write_bytes(b"GGUF")
     assert f"holds {label} weights and no safetensors" in refusal(tmp_path)

@@ -20,7 +20,8 @@ from htsr_alloc.version import __version__
 
 COMMANDS = [
     *("inspect", "analyze", "fit", "allocate", "plot", "report"),
-    *("compare", "export", "build", "train", "evaluate", "generate", "collapse", "study"),
+    *("compare", "export", "build", "train", "evaluate", "generate"),
+    *("serve", "collapse", "study"),
 ]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 

@@ -95,6 +95,8 @@ WHOLE = dataclasses.replace(
         scores=File("scores.csv", "01" * 32),
         pool="role",
         targets=("q_proj",),
+        stack="model.layers",
+        score_over="adapted",
     ),
     modules=tuple(
         Module(i, f"model.layers.{i}.self_attn.q_proj", "q_proj", 3.25, 2.5, experts, 2)

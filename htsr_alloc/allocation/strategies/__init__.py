@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 
 from htsr_alloc.allocation.strategies.alphalora import AlphaLora
 from htsr_alloc.allocation.strategies.base import Plan, Strategy
+from htsr_alloc.allocation.strategies.common import Common
 from htsr_alloc.allocation.strategies.explicit import Explicit
 from htsr_alloc.allocation.strategies.mola import Mola
 from htsr_alloc.allocation.strategies.shrunk import Shrunk
@@ -20,4 +21,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     name: import_module(f"{__name__}.{name}").STRATEGY for name in NAMES
 }
 
-__all__ = ["STRATEGIES", "AlphaLora", "Explicit", "Mola", "Plan", "Shrunk", "Strategy", "Uniform"]
+__all__ = [
+    "STRATEGIES",
+    "AlphaLora",
+    "Common",
+    "Explicit",
+    "Mola",
+    "Plan",
+    "Shrunk",
+    "Strategy",
+    "Uniform",
+]

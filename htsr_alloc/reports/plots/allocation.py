@@ -1,4 +1,4 @@
-"""An allocation as bars by layer, against uniform and MoLA of the same budget."""
+"""An allocation as bars by layer, against uniform and, of experts, MoLA at the same budget."""
 
 from __future__ import annotations
 
@@ -51,14 +51,18 @@ def title(label: str, allocation: Allocation) -> str:
     """The file and what it decided."""
     strategy = allocation.strategy
     beta = f", β = {strategy.beta:g}" if strategy and strategy.beta is not None else ""
+    if allocation.holds_ranks and allocation.parameters is not None:
+        return f"{plain(label, 40)}: the parameters of rank {allocation.parameters.r}{beta}"
     return f"{plain(label, 40)}: T = {allocation.budget}{beta}"
 
 
 def baselines(allocation: Allocation) -> dict[str, list[float]]:
     """Name -> each layer's share of the allocation's budget, not yet rounded to whole experts; the
-    allocation's own strategy is left out."""
+    allocation's own strategy is left out. Ranks have one baseline: the uniform rank."""
     layers, budget = len(allocation.experts), allocation.budget
     own = allocation.strategy.name if allocation.strategy else None
+    if allocation.holds_ranks and allocation.parameters is not None:
+        return {"uniform": [float(allocation.parameters.r)] * layers} if own != "uniform" else {}
     shares: dict[str, list[int]] = {}
     if own != Uniform.name:
         shares[Uniform.name] = [1] * layers
@@ -68,7 +72,7 @@ def baselines(allocation: Allocation) -> dict[str, list[float]]:
 
 
 def draw_allocation(axes: Axes, allocation: Allocation) -> None:
-    """Bars of the experts of each layer; steps of the baselines."""
+    """Bars of the experts or ranks of each layer; steps of the baselines."""
     count = len(allocation.experts)
     name = plain(allocation.strategy.name, 28) if allocation.strategy else "allocation"
     bars = axes.bar(
@@ -92,7 +96,8 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     if count <= MANY * room and digits <= DIGITS * room:
         for text in axes.bar_label(bars, fontsize=7, padding=1):  # legible on a baseline
             text.set(zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")])
-    axes.set_ylabel("experts of all linears" if allocation.modules else "experts")
+    mean = "mean of the linears' " if allocation.modules else ""
+    axes.set_ylabel(mean + allocation.counted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.1)
     number_layers(axes, count)
