@@ -89,7 +89,7 @@ def declared(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
-    choices: dict[str, Choice] = {}
+    choices: dict[str, tuple[Choice, Any]] = {}  # with its default, which needs no check
     for own in inspect.signature(command).parameters.values():
         kind = hints[own.name]
         if dataclasses.is_dataclass(kind):
@@ -100,13 +100,13 @@ def declared(command: Callable[..., None]) -> Callable[..., None]:
     for i, own in enumerate(parameters):
         choice = next((x for x in get_args(own.annotation) if isinstance(x, Choice)), None)
         if choice is not None:
-            choices[own.name] = choice
+            choices[own.name] = choice, own.default
         parameters[i] = own.replace(annotation=_typed(own, choice))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        for name, choice in choices.items():
-            if given[name] is not None:
+        for name, (choice, default) in choices.items():
+            if given[name] not in (None, default):
                 choice.check(given[name])
         for name, kind in groups.items():
             values = {own.name: given.pop(own.name) for own in _fields(kind)}

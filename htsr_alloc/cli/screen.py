@@ -15,13 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -133,8 +126,11 @@ class Screen:
         if not self.watched:
             yield lambda done: None
             return
-        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-        with Progress(*columns, console=self._err, transient=True) as bar:
+        from rich import progress as bars
+
+        done_of = bars.TextColumn("{task.completed}/{task.total}")
+        columns = (bars.BarColumn(), done_of, bars.TimeRemainingColumn())
+        with bars.Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task("", total=total)
             yield lambda done: bar.update(task, completed=done)
 
@@ -147,18 +143,20 @@ class Screen:
         if not self.watched:
             yield from stream
             return
+        from rich import progress as bars
+
         from htsr_alloc.analysis.cost import flops
 
         total = sum(flops(matrix) for matrix in layer_map.matrices)
         columns = (
-            BarColumn(),
-            TextColumn("{task.fields[count]}/" + str(len(layer_map.matrices))),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.TextColumn("{task.fields[count]}/" + str(len(layer_map.matrices))),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("ETA"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.description}", markup=False),
         )
-        with Progress(*columns, console=self._err, transient=True) as bar:
+        with bars.Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task("", total=total, count=0)
             for count, item in enumerate(stream, 1):
                 matrix, resumed = item
