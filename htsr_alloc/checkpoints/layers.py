@@ -44,7 +44,7 @@ SKIPPED_NAMES = (
     (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
     (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
 )
-# Tensors outside every block that deserve a better reason than that.
+# Tensors outside every block, with a more specific reason than that.
 SKIPPED_OUTSIDE = (
     (r"(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output_layer|head)", "output head"),
     (r"(embed\w*|shared|patch\w*)", "embedding"),
@@ -266,7 +266,7 @@ def _nested(parts: Sequence[str], at: int) -> int | None:
 
 
 def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -> str | None:
-    """Why a tensor is no weight matrix of a block; None when it is one (or an integer one)."""
+    """Why a tensor is not a weight matrix of a block; None when it is one (or an integer one)."""
     name = ref.name
     for suffix in SCALE_SUFFIXES:
         if name.endswith("weight" + suffix):

@@ -21,7 +21,7 @@ def refs(tensors, dtype="BF16"):
 
 
 def place(tensors, **options):
-    """The map, after checking what holds for every model: each tensor is accounted for once."""
+    """The layer map, after the check of every model: each tensor is in it once."""
     listed = refs(tensors)
     found = map_layers(listed, **options)
     everywhere = [
