@@ -25,12 +25,23 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from htsr_alloc.analysis.cost import flops
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, write_text
 
 PIPE_WIDTH = 200  # columns assumed when the output is not a terminal: nothing is cut there
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi, zero-width), line separators
+
+
+def open_streams() -> None:
+    """Give stdin, stdout and stderr to a process that was started without one of them.
+
+    Else the next file that it opens gets the stream's number. Writing to a closed stdout stays an
+    error; what would go to a closed stderr is lost.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # the lowest free
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 def clean(text: object) -> str:
@@ -136,6 +147,8 @@ class Screen:
         if not self.watched:
             yield from stream
             return
+        from htsr_alloc.analysis.cost import flops
+
         total = sum(flops(matrix) for matrix in layer_map.matrices)
         columns = (
             BarColumn(),

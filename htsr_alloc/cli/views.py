@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
-    from htsr_alloc.records import Allocation, Metrics, Signal, Strategy
+    from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
     from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
@@ -163,7 +163,7 @@ def _signal(signal: Signal | None) -> list[str]:
     return said + ([signal.uniform] if signal.uniform else [])
 
 
-def _recommended(strategy: Strategy) -> list[str]:
+def _recommended(strategy: StrategyRecord) -> list[str]:
     """Which estimator a decision should use, where this one only reproduces a paper."""
     if strategy.estimator not in NOISY:
         return []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.records import METRICS, Matrix, Metrics
 
 
@@ -16,8 +16,7 @@ def layer_values(metrics: Metrics, metric: str) -> np.ndarray:
     Raises:
         HtsrError: unknown metric, no layers.
     """
-    if metric not in METRICS:
-        raise HtsrError(f"There is no metric {metric!r}.", f"Choose from {', '.join(METRICS)}.")
+    check_choice("metric", metric, METRICS)
     if not metrics.layers:
         raise HtsrError("The metrics hold no layers.")
     return _numbers([getattr(layer, metric) for layer in metrics.layers])

@@ -61,10 +61,4 @@ class Shrunk(AlphaLora):
         return replace(metrics, matrices=matrices, layers=layers), signal
 
 
-@dataclass(frozen=True)
-class Common(Shrunk):
-    """Eq. 6 and 7 on what the roles of a layer agree on: shrunk alphas without each role's own
-    part, so that no one matrix makes a layer."""
-
-    name: ClassVar[str] = "common"
-    own: ClassVar[bool] = False
+STRATEGY = Shrunk

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from htsr_alloc.allocation import mola_counts
+from htsr_alloc.allocation import Mola, Uniform, mola_counts
 from htsr_alloc.records import Allocation
 from htsr_alloc.reports.plots.inputs import Inputs
 from htsr_alloc.reports.plots.panels import (
@@ -64,9 +64,9 @@ def baselines(allocation: Allocation) -> dict[str, list[float]]:
     if allocation.holds_ranks and allocation.parameters is not None:
         return {"uniform": [float(allocation.parameters.r)] * layers} if own != "uniform" else {}
     shares: dict[str, list[int]] = {}
-    if own != "uniform":
-        shares["uniform"] = [1] * layers
-    if own != "mola" and layers >= len(MOLA):
+    if own != Uniform.name:
+        shares[Uniform.name] = [1] * layers
+    if own != Mola.name and layers >= len(MOLA):
         shares["MoLA-2468"] = mola_counts(MOLA, layers)
     return {name: [share / sum(each) * budget for share in each] for name, each in shares.items()}
 
@@ -86,7 +86,7 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     )
     edges = np.arange(count + 1) - 0.5
     looks: dict[str, dict[str, Any]] = {
-        "uniform": {"color": "black", "linestyle": "--"},
+        Uniform.name: {"color": "black", "linestyle": "--"},
         "MoLA-2468": {"color": COLOURS[1], "linestyle": "-"},
     }
     for label, shares in baselines(allocation).items():
