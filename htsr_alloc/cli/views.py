@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,12 @@ def inspection(
     checkpoint: Checkpoint, layer_map: LayerMap, cost: Estimate, moved: Transfer
 ) -> View:
     """Layers, matrices, what is left out and why, and what an analysis will take."""
+    from htsr_alloc.checkpoints import quantised
+
     skipped = [
         *layer_map.skipped,
         *((name, "not in the index") for name in checkpoint.listing.unindexed),
-        *((name, "quantised to integers") for name in layer_map.quantised),
+        *((name, "quantised in a format that is not read") for name in layer_map.quantised),
     ]
     shards = checkpoint.listing.shards
     nbytes = sum(shard.nbytes for shard in shards)
@@ -76,6 +78,7 @@ def inspection(
         [Table(columns, rows, left=["prefix", "roles", "shapes"])],
         [
             *(f"left out, {reason}: {_first(names)}" for reason, names in reasons.items()),
+            *_dequantised(quantised.kinds(m.ref for m in layer_map.matrices)),
             f"{checkpoint.name}: {len(layer_map.prefixes)} layers, "
             f"{len(layer_map.matrices)} matrices, {size(nbytes)} in {len(shards)} "
             f"{'file' if len(shards) == 1 else 'files'}",
@@ -84,6 +87,11 @@ def inspection(
             f"that to {size(cost.least_bytes)}",
         ],
     )
+
+
+def _dequantised(kinds: Iterable[tuple[str, str, int]]) -> list[str]:
+    """One line a kind of quantised matrices."""
+    return [f"dequantised: {count} matrices of {dtype} ({form})" for form, dtype, count in kinds]
 
 
 def _first(names: Sequence[str]) -> str:
@@ -101,7 +109,11 @@ def metrics(found: Metrics) -> View:
     return View(
         as_json(found),
         [Table(columns, rows, left=["prefix", "note"])],
-        [f"estimator: {found.settings.estimator}{farms}", *_doubtful(found)],
+        [
+            f"estimator: {found.settings.estimator}{farms}",
+            *_dequantised((d.format, d.dtype, d.matrices) for d in found.model.dequantised),
+            *_doubtful(found),
+        ],
     )
 
 
