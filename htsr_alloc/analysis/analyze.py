@@ -16,7 +16,7 @@ import numpy as np
 from htsr_alloc import files
 from htsr_alloc.analysis.cost import flops, transfer
 from htsr_alloc.analysis.decompose import Limits, decompose_all
-from htsr_alloc.analysis.distributed import Ranks
+from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, summarise, with_noise
 from htsr_alloc.checkpoints import quantised
@@ -176,24 +176,24 @@ def analyze(
     if output is not None:
         output.check(checkpoint.paths)
     identity = _identity(checkpoint, settings)
-    with Ranks.join() as ranks, ExitStack() as stack:
+    with Processes.join() as processes, ExitStack() as stack:
         journal = None
         if output is not None:
-            path = ranks.own_file(output.journal)
+            path = processes.own_file(output.journal)
             journal = stack.enter_context(Journal(path, identity, restart))
         known = dict(journal.entries) if journal else {}
         if output is not None and not restart:
-            known |= ranks.read_journals(output.journal, identity)
-        known = ranks.share(known)
+            known |= processes.read_journals(output.journal, identity)
+        known = processes.share(known)
         entries = {
             matrix.name: known[matrix.name]
             for matrix in layer_map.matrices
             if matrix.name in known and known[matrix.name].fits(matrix.shape)
         }
         if output is not None:
-            resumed = ranks.take([m for m in layer_map.matrices if m.name in entries], flops)
+            resumed = processes.take([m for m in layer_map.matrices if m.name in entries], flops)
             _check_content(checkpoint, resumed, entries, output.journal)
-        todo = ranks.take([m for m in layer_map.matrices if m.name not in entries], flops)
+        todo = processes.take([m for m in layer_map.matrices if m.name not in entries], flops)
 
         def stream() -> Iterator[tuple[MatrixRef, bool]]:
             for matrix in layer_map.matrices:
@@ -207,17 +207,17 @@ def analyze(
 
         for _ in progress(stream(), layer_map) if progress else stream():
             pass
-        entries = ranks.share(entries)
+        entries = processes.share(entries)
         metrics = None
-        if ranks.first:
+        if processes.first:
             metrics = _assemble(checkpoint, layer_map, settings, entries)
             if output is not None:
                 metrics = _write(metrics, entries, output)
-        ranks.wait()  # until the results are safe, every journal stays
+        processes.wait()  # until the results are safe, every journal stays
         if journal is not None:
             journal.remove()
-        if output is not None and ranks.first:
-            ranks.remove_journals(output.journal)
+        if output is not None and processes.first:
+            processes.remove_journals(output.journal)
     return metrics
 
 

@@ -30,6 +30,7 @@ EPS = {
     "F8_E5M2": 2.0**-2,
 }
 SPREAD = 4.0
+CODES = {name: code for code, (_, name) in FLOAT_DTYPES.items()}  # of torch dtypes
 
 
 def eps_of(dtype: str) -> float:

@@ -16,7 +16,7 @@ from htsr_alloc.records.decisions import (
     Parameters,
     RoleSignal,
     Signal,
-    Strategy,
+    StrategyRecord,
 )
 from htsr_alloc.records.facts import (
     FAILED,
@@ -59,7 +59,7 @@ __all__ = [
     "Settings",
     "Signal",
     "Skipped",
-    "Strategy",
+    "StrategyRecord",
     "Tool",
     "as_json",
     "dumps",

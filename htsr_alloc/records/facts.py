@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.records.frames import frame
 from htsr_alloc.version import __version__
 
@@ -250,7 +249,8 @@ class Metrics:
             HtsrError: pandas is not installed, or there is no such table.
         """
         kinds = {"layers": Layer, "matrices": Matrix, "skipped": Skipped}
-        return frame(getattr(self, named_table(table, kinds)), kinds[table])
+        check_choice("table", table, kinds)
+        return frame(getattr(self, table), kinds[table])
 
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
@@ -272,13 +272,6 @@ class Metrics:
                 raise ValueError(f"layers[{layer.layer}].reason: a null number needs a reason")
         if self.spectra is not None:
             check_bare_name(self.spectra.file, "spectra.file")
-
-
-def named_table(table: str, kinds: Iterable[str]) -> str:
-    """The table's name; HtsrError where there is none of it."""
-    if table not in kinds:
-        raise HtsrError(f"There is no table {table!r}.", f"Choose from {', '.join(kinds)}.")
-    return table
 
 
 def check_bare_name(name: str, where: str) -> None:

@@ -559,6 +559,20 @@ def test_a_file_that_changes_between_listing_and_reading(tmp_path, change):
         checkpoint.read(checkpoint.tensors[0])
 
 
+def test_a_file_that_is_replaced_by_one_of_equal_size_and_time(tmp_path):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    save_file({"a.weight": randn(4, 4)}, path)
+    save_file({"a.weight": randn(4, 4, seed=9)}, other)
+    status = path.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    checkpoint = open_checkpoint(path)
+    checkpoint.read(checkpoint.tensors[0])
+    other.replace(path)  # both were there, so that it has another inode
+    assert path.stat().st_size == status.st_size
+    with pytest.raises(HtsrError, match="changed while it was read"):
+        checkpoint.read(checkpoint.tensors[0])
+
+
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("name", ["minilm", "smollm2"])
 def test_real_checkpoints_read_as_safetensors_reads_them(checkpoint, name):
