@@ -16,7 +16,7 @@ ARROWS = {
     "checkpoints": set(),
     "spectra": {"records"},
     "analysis": {"records", "checkpoints", "spectra"},
-    "allocation": {"records", "spectra", "analysis"},
+    "allocation": {"records", "checkpoints", "spectra", "analysis"},
     "lora_moe": {"records", "checkpoints", "allocation"},
     "training": {"records", "spectra", "allocation", "lora_moe"},
     "serving": {"lora_moe"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from htsr_alloc.checkpoints.layers import MatrixRef
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
+from htsr_alloc.records import FAILED, MARKED, OK, Matrix, Metrics, Settings
+from htsr_alloc.records.means import summarise
 from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.spectra.uncertainty import NOISE, uncertainty
 
@@ -29,6 +31,15 @@ EPS = {
     "F8_E5M2": 2.0**-2,
 }
 SPREAD = 4.0
+CODES = {name: code for code, (_, name) in FLOAT_DTYPES.items()}  # of torch dtypes
+
+
+def eps_of(dtype: str) -> float:
+    """``EPS``, and of what was quantised to b bits (``Q4_K``, ``INT8``) 2^(2 - b): half a step of
+    a block whose largest entry is about three times its root mean square. At most 2^-2, above
+    which independent entries would pass for equal singular values."""
+    bits = re.search(r"[0-9]+", dtype)
+    return EPS.get(dtype) or min(2.0**-2, 2.0 ** (2 - int(bits[0][:2] if bits else 0)))
 
 
 def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
@@ -77,7 +88,7 @@ def fit_of(matrix: Matrix, tail: np.ndarray, estimator: str, bins: int) -> Fit:
     found = fit(tail, estimator, bins)
     if found.alpha is None or not is_flat(tail, matrix.shape, matrix.dtype):
         return found
-    stored = FLOAT_DTYPES[matrix.dtype][1]
+    stored = FLOAT_DTYPES.get(matrix.dtype, (0, matrix.dtype))[1]
     reason = f"all eigenvalues are equal within the rounding of {stored}"
     return Fit(None, None, None, None, None, FAILED, reason)
 
@@ -96,14 +107,14 @@ def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
 
     Args:
         values: (n,) ascending eigenvalues, the squared singular values.
-        dtype: as stored, a key of ``EPS``.
+        dtype: as stored.
     """
     if not len(values):
         return False
     least, largest = np.sqrt(values[0]), np.sqrt(values[-1])
     m, n = max(shape), min(shape)
-    stored = SPREAD * EPS[dtype] * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
-    computed = n * min(EPS[dtype], EPS["F32"]) * largest
+    stored = SPREAD * eps_of(dtype) * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
+    computed = n * min(eps_of(dtype), EPS["F32"]) * largest
     return bool(largest - least <= stored + computed)
 
 
@@ -174,23 +185,3 @@ def refitted(
         matrices=tuple(matrices),
         layers=summarise(matrices, prefixes),
     )
-
-
-def summarise(matrices: Sequence[Matrix], prefixes: Sequence[str]) -> tuple[Layer, ...]:
-    """A layer's value: the plain mean over its linear weights that have one (METHODS 2)."""
-    layers = []
-    for number, prefix in enumerate(prefixes):
-        own = [matrix for matrix in matrices if matrix.layer == number]
-        means: dict[str, float | None] = {}
-        for metric in METRICS:
-            values = [v for m in own if (v := getattr(m, metric)) is not None]
-            means[metric] = math.fsum(values) / len(values) if values else None
-        unfitted = sum(matrix.status == FAILED for matrix in own)
-        reason = None
-        if not own:
-            reason = "no matrix of this layer was analysed"
-        elif unfitted:
-            first = next(matrix for matrix in own if matrix.status == FAILED)
-            reason = f"{unfitted} of {len(own)} matrices have no fit: {first.role}, {first.reason}"
-        layers.append(Layer(number, prefix, len(own), unfitted, reason=reason, **means))
-    return tuple(layers)

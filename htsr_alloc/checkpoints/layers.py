@@ -6,13 +6,14 @@ so that a model nobody has listed works when its blocks are numbered.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef, natural
 from htsr_alloc.errors import HtsrError
 
 # The word before a block's number, by the families that use it. A number after any other word
@@ -29,9 +30,16 @@ STACK_WORDS = {
 }
 
 STACKED_2D = r"experts\.mlp\.[wv]\d"
+# 3-d tensors that are one matrix, (d_model, heads, d_head): XLNet's, which are no linears.
+HEADS_APART = r"rel_attn\.[qkvor]"
 # Tensors that are not a weight matrix of a block, wherever they are.
 SKIPPED_NAMES = (
-    (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
+    (
+        r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos|rel_pos_[hw]"
+        r"|rel_pos_emb|rel_attn_embed|seg_embed|distance_embedding)",
+        "embedding",
+    ),
+    (r"tid2eid", "table of the experts of each token"),
     (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
     (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
     (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
@@ -42,14 +50,23 @@ SKIPPED_OUTSIDE = (
     (r"(embed\w*|shared|patch\w*)", "embedding"),
 )
 # What names the router of a mixture, in a block that has experts.
-ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
+ROUTER_NAMES = r"(gate|router\w*|router\w*\.\w+|shared_expert_gate|wg)"
+
+# Linears that are analysed, but adapted only where they are named, and why.
+LEFT_ALONE = (
+    (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
+    (r"(^|\.)indexer\.", "what it picks has no gradient"),
+    (rf"(^|\.){HEADS_APART}$", "its heads are apart, so that it is no linear"),
+)
+EXPERT = "one of the base's own experts"
 
 # More than any model has; a hostile header could make us list billions.
 MAX_BLOCKS = 10_000
 MAX_EXPERTS = 100_000  # in a stack
 MAX_PARTS = 50  # of a dotted name
-EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
+EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,12 @@ class MatrixRef:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out)."""
+        """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out).
+
+        Of a 3-d tensor that is one matrix (XLNet) the columns are heads times their width.
+        """
+        if self.index is None:
+            return self.ref.shape[0], math.prod(self.ref.shape[1:])
         rows, columns = self.ref.shape[-2:]
         return rows, columns
 
@@ -89,7 +111,8 @@ class LayerMap:
 
     Attributes:
         prefixes: the blocks, ``model.layers.0`` first, in numeric order; the stacks of a model
-            with several (encoder, decoder) one after the other. The position is the layer.
+            with several (encoder, decoder) one after the other. The position is the layer. A
+            stack of which nothing is selected has none.
         matrices: in layer order, then by name.
         skipped: (name, reason) of every other tensor.
         quantised: names of integer tensors that stand where weights belong.
@@ -150,13 +173,14 @@ def map_layers(
                 reason = "matched by exclude"
         if reason is not None:
             skipped[ref.name] = reason
-        elif ref.dtype not in FLOAT_DTYPES:
+        elif not ref.is_float:
             quantised.append(ref.name)
         else:
             kept.append(ref)
+    taken = {blocks[name][0] for name in (*(ref.name for ref in kept), *quantised)}
     prefixes: list[str] = []
     first: dict[str, int] = {}  # stack -> the layer number of its block 0
-    for stack in sorted(found, key=lambda name: ("decoder" in name, natural(name))):
+    for stack in sorted(taken, key=lambda name: ("decoder" in name, natural(name))):
         if max(found[stack]) >= MAX_BLOCKS:
             raise HtsrError(f"{stack}.{max(found[stack])}: no model has that many blocks.")
         first[stack] = len(prefixes)
@@ -168,12 +192,13 @@ def map_layers(
         layer = first[stack] + block
         position = _expert_position(ref.name)
         parts = ref.name.split(".")
-        if len(ref.shape) == 3 and ref.shape[0] > MAX_EXPERTS:
+        experts = len(ref.shape) == 3 and EXPERT_WORD.search(ref.name)
+        if experts and ref.shape[0] > MAX_EXPERTS:
             raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
-        if len(ref.shape) == 3:
+        if experts:
             matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
         else:
-            expert = int(parts[position]) if position else None
+            expert = int(parts[position].removeprefix("expert_")) if position else None
             matrices.append(MatrixRef(ref, None, layer, roles[ref.name], expert))
     matrices.sort(key=lambda m: (m.layer, natural(m.name)))
     return LayerMap(tuple(prefixes), tuple(matrices), tuple(skipped.items()), tuple(quantised))
@@ -182,6 +207,7 @@ def map_layers(
 def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
     """Tensor name -> (stack's name, block number), for the tensors that are in a block."""
     places: dict[str, tuple[str, int]] = {}
+    within: dict[str, int] = {}  # name -> where the number after a known word stands
     unknown: dict[str, list[tuple[str, int]]] = {}
     recurring: dict[tuple[str, str], set[int]] = defaultdict(set)
     for ref in tensors:
@@ -189,22 +215,54 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
         numbers = [i for i, part in enumerate(parts) if NUMBER.fullmatch(part) and i > 0]
         known = [i for i in numbers if parts[i - 1] in STACK_WORDS]
         if known:
-            places[ref.name] = (".".join(parts[: known[0]]), int(parts[known[0]]))
+            within[ref.name] = known[0]
             continue
         unknown[ref.name] = [(".".join(parts[:i]), int(parts[i])) for i in numbers]
         if len(ref.shape) >= 2:
             for i in numbers:
                 stack, inner = ".".join(parts[:i]), ".".join(parts[i + 1 :])
                 recurring[stack, inner].add(int(parts[i]))
+    staged = _staged([ref for ref in tensors if len(ref.shape) >= 2], within)
+    for name, at in within.items():
+        parts = name.split(".")
+        place: int | None = at
+        if ".".join(parts[:at]) in staged:  # a block of a stage, or what stands beside its blocks
+            place = _nested(parts, at)
+        if place is not None:
+            places[name] = (".".join(parts[:place]), int(parts[place]))
     repeated = {key for key, found in recurring.items() if len(found) > 1}
-    if places or any("." in inner for _, inner in repeated):
+    if within or any("." in inner for _, inner in repeated):
         repeated = {(stack, inner) for stack, inner in repeated if "." in inner}
     stacks = {stack for stack, _ in repeated}
     for name, candidates in unknown.items():
-        place = next((c for c in candidates if c[0] in stacks), None)
-        if place is not None:
-            places[name] = place
+        found = next((c for c in candidates if c[0] in stacks), None)
+        if found is not None:
+            places[name] = found
     return places
+
+
+def _staged(matrices: Sequence[TensorRef], within: dict[str, int]) -> set[str]:
+    """The stacks of stages: the same weights recur in one of them under two numbers of its own.
+
+    Swin: ``layers.0.blocks.1``; SegFormer: ``block.0.1``. T5's ``block.0.layer.1`` is another kind
+    of sublayer than ``layer.0``, and ``experts.1`` follows no word of a stack.
+    """
+    recurring: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for ref in matrices:
+        at, parts = within.get(ref.name), ref.name.split(".")
+        nested = None if at is None else _nested(parts, at)
+        if nested is not None and len(parts) > nested + 2:
+            stack, inner = ".".join(parts[:at]), ".".join(parts[nested + 1 :])
+            recurring[stack, ".".join(parts[:nested]), inner].add(parts[nested])
+    return {key[0] for key, numbers in recurring.items() if len(numbers) > 1}
+
+
+def _nested(parts: Sequence[str], at: int) -> int | None:
+    """Where the number of a block of stage ``parts[at]`` stands, if there is one."""
+    for place in (at + 1, at + 2):
+        if place < len(parts) and NUMBER.fullmatch(parts[place]):
+            return place if place == at + 1 or parts[place - 1] in STACK_WORDS else None
+    return None
 
 
 def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -> str | None:
@@ -229,7 +287,9 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return f"{dims}-d (no matrix)"
     if ref.dtype in ("BOOL", "C64"):
         return f"dtype {ref.dtype}"
-    if ref.dtype not in FLOAT_DTYPES:
+    if not ref.is_float:
+        return None
+    if dims == 3 and _names(HEADS_APART, base):
         return None
     if dims == 3 and not EXPERT_WORD.search(name):
         return "3-d, and not a stack of experts (convolution?)"
@@ -246,6 +306,15 @@ def skipped_by_name(module: str) -> str | None:
     """Why a module of this full name has no weight matrix of a block, wherever it stands."""
     found = (reason for pattern, reason in SKIPPED_NAMES if _names(pattern, module))
     return next(found, None)
+
+
+def left_alone(module: str) -> str | None:
+    """Why a linear of this full name is adapted only where it is named; None of most.
+
+    A slice ``[i]`` of a tensor is an expert.
+    """
+    found = (reason for pattern, reason in LEFT_ALONE if re.search(pattern, module))
+    return EXPERT if module.endswith("]") or is_numbered_expert(module) else next(found, None)
 
 
 def is_mixture(name: str, dims: int) -> bool:
@@ -274,7 +343,7 @@ def _expert_position(name: str) -> int | None:
     """Where in the dotted name the expert's number stands: right after a word like experts."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        if NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
+        if EXPERT_NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
             return i
     return None
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.choices import ADAPTER, POOL, REPAIR, STRATEGY
-from htsr_alloc.cli.options import OutFile
+from htsr_alloc.cli.choices import ADAPTER, OVER, POOL, REPAIR, STRATEGY
+from htsr_alloc.cli.options import OutFile, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -24,7 +24,11 @@ def allocate(
     metrics: Annotated[
         Path | None, typer.Argument(help="A metrics file; default the newest here.")
     ] = None,
-    T: Annotated[int | None, "Budget T: experts of all layers together."] = None,
+    T: Annotated[
+        str | None,
+        "Budget T: experts of all layers together; or of each stack, as "
+        "language_model=160,vision_tower=40.",
+    ] = None,
     params: Annotated[
         str | None,
         "Budget in trainable parameters, such as 100M, in place of --T; at most so many are spent.",
@@ -65,6 +69,14 @@ def allocate(
         list[str] | None,
         "Name of linears that are adapted, for parameter budgets and --per-module; repeatable.",
     ] = None,
+    stack: Annotated[
+        str | None, "Allocate one stack of layers only, as language_model or visual."
+    ] = None,
+    score_over: Annotated[
+        str,
+        "Matrices that a layer's score is the mean over; adapted are those that get experts.",
+        OVER,
+    ] = "all",
     strategy: Annotated[str, "How counts are decided.", STRATEGY] = "alphalora",
     repair: Annotated[
         str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
@@ -74,6 +86,10 @@ def allocate(
     top_k: Annotated[int, "Experts K that a token uses at most."] = 2,
     groups: Annotated[str | None, "Groups of the mola strategy, as 2468 or 4-6-8-10."] = None,
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
+    settings: Annotated[
+        list[str] | None,
+        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.request:SETTINGS}.",
+    ] = None,
     layers: Annotated[int | None, "Number of layers, where there is no metrics file."] = None,
     sensitivity: Annotated[
         bool, "Also show how the counts change with estimator, beta and matrices."
@@ -105,9 +121,19 @@ def allocate(
     )
     loaded, source, stem = None, None, strategy
     given = allocation.read_scores(scores, column or "score") if scores is not None else None
+    own = {
+        "beta": beta,
+        "spread": spread,
+        "groups": allocation.parse_groups(groups) if groups is not None else None,
+        "experts": allocation.parse_counts(experts) if experts is not None else None,
+    }
+    for name, value in allocation.read_settings(strategy, pairs(settings or ())).items():
+        if own.get(name) is not None:
+            raise HtsrError(f"`{name}` is given twice.", f"Remove --set {name}.")
+        own[name] = value
     request = allocation.Request.of(
         strategy,
-        T=T,
+        T=allocation.parse_experts(T) if T is not None else None,
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
@@ -122,10 +148,9 @@ def allocate(
         bounds=allocation.Bounds(low, high),
         top_k=top_k,
         layers=layers,
-        beta=beta,
-        spread=spread,
-        groups=allocation.parse_groups(groups) if groups is not None else None,
-        experts=allocation.parse_counts(experts) if experts is not None else None,
+        stack=stack,
+        score_over=score_over,
+        **own,
     )
     if given is not None:
         stem = given.source.file.rpartition(".")[0]

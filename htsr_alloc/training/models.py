@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from htsr_alloc import files
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.build import open_config
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
@@ -116,8 +116,7 @@ def dtype_of(asked: str, device: torch.device) -> torch.dtype:
     Raises:
         HtsrError: another name.
     """
-    if asked not in DTYPES:
-        raise HtsrError(f"There is no dtype {asked!r}.", f"Choose from {', '.join(DTYPES)}.")
+    check_choice("dtype", asked, DTYPES)
     if asked == "auto":
         asked = "bfloat16" if _has_bfloat16(device) else "float32"
     return getattr(torch, asked)
