@@ -58,6 +58,17 @@ def invoke(tmp_path, monkeypatch) -> Callable[..., Result]:
     return go
 
 
+@pytest.fixture(scope="module")
+def tiny_hub(tmp_path_factory):
+    """A hub of this machine with the repository org/tiny, three shards."""
+    from helpers.hubs import model_files, serving
+
+    folder = tmp_path_factory.mktemp("hub")
+    model_files(folder / "tiny")
+    with serving(folder) as hub:
+        yield hub
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
     """A tiny LLaMA in one file, as the folder ``tmp_path / "tiny"``."""

@@ -19,6 +19,7 @@ ARROWS = {
     "allocation": {"records", "checkpoints", "spectra", "analysis"},
     "lora_moe": {"records", "checkpoints", "allocation"},
     "training": {"records", "spectra", "allocation", "lora_moe"},
+    "serving": {"lora_moe"},
     "watching": {"records", "spectra", "analysis", "lora_moe"},
     "reports": {"records", "allocation"},
 }
@@ -102,7 +103,11 @@ def test_no_test_imports_a_test():
             assert not module.split(".")[-1].startswith("test_"), path
 
 
-OTHERS = {"exports/mola.py", "exports/axolotl.py"}  # they write other programs' options
+OTHERS = {
+    "exports/mola.py",
+    "exports/axolotl.py",
+    "serving/launch.py",
+}  # they write other programs' options
 COMMANDS = re.compile(r"(htsr|torchrun|python -m) .*")  # a whole command may have its options
 
 

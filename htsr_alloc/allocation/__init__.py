@@ -18,11 +18,19 @@ from htsr_alloc.allocation.budget import (
 )
 from htsr_alloc.allocation.decide import allocate
 from htsr_alloc.allocation.quotas import beta_of_spread, quotas
-from htsr_alloc.allocation.request import Request, keywords_of
+from htsr_alloc.allocation.request import Request, keywords_of, read_settings
 from htsr_alloc.allocation.rounding import REPAIRS, Bounds, repair_official, repair_remainder
 from htsr_alloc.allocation.scorefile import Scores, read_scores
 from htsr_alloc.allocation.scores import Metric, layer_scores
-from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Explicit, Mola, Shrunk, Uniform
+from htsr_alloc.allocation.strategies import (
+    STRATEGIES,
+    AlphaLora,
+    Common,
+    Explicit,
+    Mola,
+    Shrunk,
+    Uniform,
+)
 from htsr_alloc.allocation.strategies.explicit import parse_counts
 from htsr_alloc.allocation.strategies.mola import mola_counts, parse_groups
 from htsr_alloc.allocation.units import POOLS
@@ -35,6 +43,7 @@ __all__ = [
     "AlphaLora",
     "Bounds",
     "Budget",
+    "Common",
     "Experts",
     "Explicit",
     "Metric",
@@ -59,6 +68,7 @@ __all__ = [
     "parse_share",
     "quotas",
     "read_scores",
+    "read_settings",
     "repair_official",
     "repair_remainder",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from htsr_alloc.allocation.budget import (
     ADAPTERS,
@@ -23,6 +23,7 @@ from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Strategy
 from htsr_alloc.allocation.units import POOLS
 from htsr_alloc.errors import HtsrError, check_choice
+from htsr_alloc.records.convert import convert
 
 
 @dataclass(frozen=True)
@@ -208,20 +209,45 @@ def keywords_of(strategy: str) -> set[str]:
     return _settings(strategy) | (by_scores if STRATEGIES[strategy].uses_scores else set())
 
 
+def read_settings(strategy: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of a strategy from texts, each as the type of its field.
+
+    Raises:
+        HtsrError: a setting that the strategy does not have, or a text that is not of its type.
+    """
+    check_choice("strategy", strategy, STRATEGIES)
+    kinds, made = get_type_hints(STRATEGIES[strategy]), {}
+    for key, text in texts.items():
+        check_choice("setting", key, SETTINGS)
+        _check_owner(strategy, key)
+        try:
+            made[key] = convert(kinds[key], text, key, lax=True)
+        except ValueError as error:
+            raise HtsrError(f"{error}.") from None
+    return made
+
+
 def _settings(strategy: str) -> set[str]:
     return {each.name for each in fields(STRATEGIES[strategy])}
 
 
+SETTINGS = sorted(set().union(*map(_settings, STRATEGIES)))  # of all strategies
+
+
+def _check_owner(strategy: str, key: str) -> None:
+    """Refuse a setting of other strategies."""
+    owners = [other for other in STRATEGIES if key in _settings(other)]
+    if owners and strategy not in owners:
+        raise HtsrError(
+            f"`{key}` belongs to the {', '.join(owners)} strategy, not to {strategy}.",
+            f"Leave it out, or give `strategy` {owners[0]}.",
+        )
+
+
 def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
-    own = _settings(name)
     given = {key: value for key, value in settings.items() if value not in (None, (), [])}
-    for key in given.keys() - own:
-        owners = [other for other in STRATEGIES if key in _settings(other)]
-        if owners:
-            raise HtsrError(
-                f"`{key}` belongs to the {' and '.join(owners)} strategy, not to {name}.",
-                f"Leave it out, or give `strategy` {owners[0]}.",
-            )
+    for key in given:
+        _check_owner(name, key)
     return STRATEGIES[name](
         **{
             key: tuple(cast(Sequence[Any], v)) if isinstance(v, Sequence) else v

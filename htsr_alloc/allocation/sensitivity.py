@@ -16,7 +16,7 @@ from htsr_alloc.allocation.scores import Metric, parse_metric
 from htsr_alloc.allocation.strategies import AlphaLora
 from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import METRICS, Allocation, Layer, Metrics
+from htsr_alloc.records import Allocation, Layer, Matrix, Metrics
 from htsr_alloc.records.results import open_spectra
 from htsr_alloc.spectra.estimators import AT_PEAKS
 
@@ -24,6 +24,14 @@ BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
 NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many
 ENOUGH = 0.9  # of the draws
 TAILS = (0.05, 0.95)
+
+# Metric -> the scale on which residuals are drawn, the way back, and the slope of the way back.
+# An alpha is above 1, so that its scale is ln(alpha - 1), as in ``shrinkage``.
+Scale = tuple[Callable[[np.ndarray], np.ndarray], ...]
+IDENTITY: Scale = (lambda x: x, lambda x: x, np.ones_like)
+SCALES: dict[str, Scale] = {
+    "pl_alpha_hill": (lambda x: np.log(x - 1), lambda z: 1 + np.exp(z), np.exp),
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,9 @@ def sensitivity_of(
       the spectra beside ``path``; left out for a metric that needs none and for ``median`` and
       ``ks``, which measure other places of the spectrum.
     * beta: half a unit less and more.
-    * matrices: ``draws`` bootstrap draws, each layer's mean taken over as many of its matrices,
-      drawn with replacement; a layer of few matrices shows how few they are.
+    * matrices: ``draws`` bootstrap draws of how far a layer's matrices lie from their roles' means
+      over the layers, in standard deviations of the role, with replacement within the layer. A
+      role's own level is no noise. Everything that the strategy does is done again.
 
     Args:
         path: the metrics file.
@@ -113,9 +122,6 @@ def sensitivity_of(
         kind = type(request.strategy)
         varied = [replace(request, strategy=kind(beta + step)) for step in BETA_STEPS]
         add("beta", [beta + step for step in BETA_STEPS], (allocate(metrics, r) for r in varied))
-    changed, signal = request.strategy.prepared(metrics, scores)
-    if changed is not None and signal is not None:  # shrunk once, then drawn from
-        metrics, request = changed, replace(request, strategy=AlphaLora(beta))
     draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
     add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))
     ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}
@@ -140,19 +146,63 @@ def _ranges(experts: Sequence[int], counts: Sequence[Sequence[int]]) -> list[Ran
 def _bootstrap(
     metrics: Metrics, names: Sequence[str], generator: np.random.Generator
 ) -> Callable[[], Metrics]:
-    """Draws of the metrics whose layer means are over resampled matrices."""
-    values: list[np.ndarray] = []
-    for layer in metrics.layers:
-        own = [[getattr(m, n) for n in METRICS] for m in metrics.matrices if m.layer == layer.layer]
-        known = [row for row in own if all(row[METRICS.index(name)] is not None for name in names)]
-        values.append(np.array(known, dtype=float))  # (matrices, metrics)
+    """Draws of the metrics whose layers have other residuals.
+
+    A matrix's value is x = f(mean + sd e) with the mean and the standard deviation of its role over
+    the layers and ``SCALES``' f. A draw gives each matrix the e of one of its layer's, and the
+    standard error that comes with it, in the same unit.
+    """
+    places = {
+        name: [i for i, m in enumerate(metrics.matrices) if getattr(m, name) is not None]
+        for name in names
+    }
+    drawn = [(name, own, *_standardised(metrics, name, own)) for name, own in places.items() if own]
 
     def draw() -> Metrics:
-        layers: list[Layer] = []
-        for layer, own in zip(metrics.layers, values, strict=True):
-            chosen = own[generator.integers(len(own), size=len(own))].mean(axis=0)
-            means = {name: float(chosen[METRICS.index(name)]) for name in names}
-            layers.append(replace(layer, **means))
-        return replace(metrics, layers=tuple(layers))
+        matrices = list(metrics.matrices)
+        for name, own, layers, mean, sd, e, error in drawn:
+            _, to_metric, slope = SCALES.get(name, IDENTITY)
+            chosen = np.empty(len(own), dtype=int)
+            for layer in np.unique(layers):
+                there = np.flatnonzero(layers == layer)
+                chosen[there] = there[generator.integers(len(there), size=len(there))]
+            scaled = mean + sd * e[chosen]
+            values = to_metric(scaled)
+            errors = sd * error[chosen] * slope(scaled)
+            for i, value, se in zip(own, values, errors, strict=True):
+                changes: dict[str, Any] = {name: float(value)}
+                if name == "pl_alpha_hill" and np.isfinite(se):
+                    changes["alpha_se"] = float(se)
+                matrices[i] = replace(matrices[i], **changes)
+        return replace(metrics, matrices=tuple(matrices), layers=_means(metrics, matrices, names))
 
     return draw
+
+
+def _standardised(metrics: Metrics, name: str, own: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Layers, and roles' means and standard deviations, residuals and errors of the matrices."""
+    matrices = [metrics.matrices[i] for i in own]
+    to_scale, _, slope = SCALES.get(name, IDENTITY)
+    x = to_scale(np.array([getattr(m, name) for m in matrices], dtype=float))
+    roles = np.array([m.role for m in matrices])
+    mean, sd = np.empty(len(x)), np.ones(len(x))
+    for role in np.unique(roles):
+        there = roles == role
+        mean[there], spread = x[there].mean(), x[there].std()
+        sd[there] = spread if spread > 0 else 1.0
+    errors = np.array([m.alpha_se if m.alpha_se else np.nan for m in matrices], dtype=float)
+    layers = np.array([m.layer for m in matrices])
+    return layers, mean, sd, (x - mean) / sd, errors / slope(x) / sd
+
+
+def _means(metrics: Metrics, matrices: Sequence[Matrix], names: Sequence[str]) -> tuple[Layer, ...]:
+    """The layers with the means of their changed matrices."""
+    found: list[Layer] = []
+    for layer in metrics.layers:
+        own = [m for m in matrices if m.layer == layer.layer]
+        means: dict[str, Any] = {}
+        for name in names:
+            values = [v for m in own if (v := getattr(m, name)) is not None]
+            means[name] = float(np.mean(values)) if values else None
+        found.append(replace(layer, **means))
+    return tuple(found)

@@ -14,7 +14,7 @@ from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
 from htsr_alloc.allocation.spend import spend
 from htsr_alloc.allocation.units import Unit, groups_of
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Strategy
+from htsr_alloc.records import StrategyRecord
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Sharing:
             return self._by_params(weights, self.budget.total)
         return self._by_experts(weights, self.budget.total, scores, beta)
 
-    def record(self, name: str, **own: Any) -> Strategy:
+    def record(self, name: str, **own: Any) -> StrategyRecord:
         """What the allocation file says of a strategy that shares ``by`` weights."""
         rounded = None if isinstance(self.budget, Params) else self.repair
         limits = {"min": self.bounds.low, "max": self.bounds.high}
         said: dict[str, Any] = {"repair": rounded, **limits}
-        return Strategy(name, **(said | own))
+        return StrategyRecord(name, **(said | own))
 
     def _by_experts(
         self, weights: Sequence[float], budget: int, scores: Sequence[float], beta: float

@@ -23,8 +23,9 @@ linear guess is
     a = sigma^2 sum p y / (1 + sigma^2 sum p),    b_r = (tau_r^2 - sigma^2) p_r (y_r - a)
 
 and z~_r = mu_r + a + b_r; without a common part this is each role's own mu + (z - mu) tau^2 /
-(tau^2 + s^2). I^2 = tau^2 / (tau^2 + s^2) is the share of a role's spread that is signal, with
-Higgins and Thompson's typical s^2 = (n - 1) sum v / ((sum v)^2 - sum v^2), v_i = s_i^-2 (2002).
+(tau^2 + s^2). Where only what the roles agree on shall count, b_r is left out. I^2 = tau^2 /
+(tau^2 + s^2) is the share of a role's spread that is signal, with Higgins and Thompson's typical
+s^2 = (n - 1) sum v / ((sum v)^2 - sum v^2), v_i = s_i^-2 (2002).
 """
 
 from __future__ import annotations
@@ -123,8 +124,12 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
     return RandomEffects(len(values), mean(tau2), tau2, q(0.0), i2, i2_low, i2_high)
 
 
-def shrink(estimates: Sequence[Estimate]) -> Shrinkage:
+def shrink(estimates: Sequence[Estimate], own: bool = True) -> Shrinkage:
     """Shrink every role's z over the layers, or all the way if nothing tells the layers apart.
+
+    Args:
+        estimates: of all layers and roles.
+        own: whether what is a role's own, b_r, counts besides what the layer's roles share, a.
 
     One test for the whole model stands before: where the sum of the roles' Q is no larger than
     chance gives in 1 of 20 models without signal, every tau^2 is taken as 0.
@@ -140,8 +145,8 @@ def shrink(estimates: Sequence[Estimate]) -> Shrinkage:
     s = [e.se / (e.alpha - 1) for e in estimates]
     roles: dict[str, RandomEffects] = {}
     for role in dict.fromkeys(e.role for e in estimates):
-        own = [i for i, e in enumerate(estimates) if e.role == role]
-        roles[role] = random_effects([z[i] for i in own], [s[i] for i in own])
+        places = [i for i, e in enumerate(estimates) if e.role == role]
+        roles[role] = random_effects([z[i] for i in places], [s[i] for i in places])
     q = math.fsum(found.q for found in roles.values())
     degrees = sum(found.n - 1 for found in roles.values())
     p = 1 - chi2_cdf(q, degrees) if degrees else 1.0
@@ -155,9 +160,14 @@ def shrink(estimates: Sequence[Estimate]) -> Shrinkage:
     common = _common(y, [1 / (t + error**2) for t, error in zip(tau2, s, strict=True)], layers)
     shrunk = list(means)
     if p <= LEVEL:
-        for own in layers.values():
-            for i, effect in zip(own, _effects(own, y, s, tau2, common), strict=True):
+        for places in layers.values():
+            effects = _effects(places, y, s, tau2, common, own)
+            for i, effect in zip(places, effects, strict=True):
                 shrunk[i] += effect
+        if not own and common == 0:
+            uniform = (
+                "uniform: the roles of a layer have nothing in common that tells it from others"
+            )
     else:
         uniform = (
             f"uniform: the spread of ln(alpha - 1) within roles is what its errors give "
@@ -167,7 +177,8 @@ def shrink(estimates: Sequence[Estimate]) -> Shrinkage:
     level = math.fsum(1 + math.exp(found.mean) for found in roles.values()) / len(roles)
     away = [alpha - (1 + math.exp(mean)) for alpha, mean in zip(alphas, means, strict=True)]
     scores = {
-        layer: level + math.fsum(away[i] for i in own) / len(own) for layer, own in layers.items()
+        layer: level + math.fsum(away[i] for i in places) / len(places)
+        for layer, places in layers.items()
     }
     return Shrinkage(roles, common, tuple(alphas), scores, p, uniform)
 
@@ -184,14 +195,15 @@ def _common(y: list[float], weights: list[float], layers: dict[int, list[int]]) 
 
 
 def _effects(
-    own: list[int], y: list[float], s: list[float], tau2: list[float], common: float
+    places: list[int], y: list[float], s: list[float], tau2: list[float], common: float, own: bool
 ) -> list[float]:
-    """a + b_r of a layer's matrices, of which ``own`` are the places."""
-    common = min(common, *(tau2[i] for i in own))
-    p = [1 / (tau2[i] - common + s[i] ** 2) for i in own]
-    a = common * math.fsum(w * y[i] for w, i in zip(p, own, strict=True))
+    """a + b_r, or a alone, of the matrices of a layer at their ``places``."""
+    common = min(common, *(tau2[i] for i in places))
+    p = [1 / (tau2[i] - common + s[i] ** 2) for i in places]
+    a = common * math.fsum(w * y[i] for w, i in zip(p, places, strict=True))
     a /= 1 + common * math.fsum(p)
-    return [a + (tau2[i] - common) * w * (y[i] - a) for w, i in zip(p, own, strict=True)]
+    part = float(own)
+    return [a + part * (tau2[i] - common) * w * (y[i] - a) for w, i in zip(p, places, strict=True)]
 
 
 def chi2_cdf(x: float, degrees: int) -> float:

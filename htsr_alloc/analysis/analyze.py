@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,16 +17,25 @@ import numpy as np
 from htsr_alloc import files
 from htsr_alloc.analysis.cost import flops, transfer
 from htsr_alloc.analysis.decompose import Limits, decompose_all
-from htsr_alloc.analysis.distributed import Ranks
+from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, with_noise
+from htsr_alloc.checkpoints import quantised
 from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
-from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.checkpoints.reading import Checkpoint
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import File, Metrics, Model, Settings, Skipped, dumps, this_tool
+from htsr_alloc.records import (
+    Dequantised,
+    File,
+    Metrics,
+    Model,
+    Settings,
+    Skipped,
+    dumps,
+    this_tool,
+)
 from htsr_alloc.records.facts import check_bare_name
 from htsr_alloc.records.means import summarise
 from htsr_alloc.records.results import FARMS_SUFFIX
@@ -92,7 +102,8 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
     """Which matrices are analysed, and why the rest is not.
 
     Raises:
-        HtsrError: weights that are quantised to integers, or no matrix left.
+        HtsrError: weights that are quantised in an unknown format or one whose library is not
+            installed, or no matrix left.
     """
     layer_map = map_layers(
         checkpoint.tensors,
@@ -105,7 +116,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
         dtype = next(ref.dtype for ref in checkpoint.tensors if ref.name == first)
         raise HtsrError(
             f"{first} holds integers ({dtype}): {len(layer_map.quantised)} weights of "
-            f"{checkpoint.name} are quantised (GPTQ, AWQ, bitsandbytes, MXFP4 or the like).",
+            f"{checkpoint.name} are quantised in a format that is not read.",
             "Analyze the unquantised original, or leave these out with `exclude`.",
         )
     if not layer_map.matrices:
@@ -113,6 +124,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
             f"{checkpoint.name} has no weight matrix in numbered blocks that is selected.",
             "See what it holds with htsr inspect.",
         )
+    quantised.check_libraries(matrix.ref for matrix in layer_map.matrices)
     return layer_map
 
 
@@ -166,24 +178,24 @@ def analyze(
     if output is not None:
         output.check(checkpoint.paths)
     identity = _identity(checkpoint, settings)
-    with Ranks.join() as ranks, ExitStack() as stack:
+    with Processes.join() as processes, ExitStack() as stack:
         journal = None
         if output is not None:
-            path = ranks.own_file(output.journal)
+            path = processes.own_file(output.journal)
             journal = stack.enter_context(Journal(path, identity, restart))
         known = dict(journal.entries) if journal else {}
         if output is not None and not restart:
-            known |= ranks.read_journals(output.journal, identity)
-        known = ranks.share(known)
+            known |= processes.read_journals(output.journal, identity)
+        known = processes.share(known)
         entries = {
             matrix.name: known[matrix.name]
             for matrix in layer_map.matrices
             if matrix.name in known and known[matrix.name].fits(matrix.shape)
         }
         if output is not None:
-            resumed = ranks.take([m for m in layer_map.matrices if m.name in entries], flops)
+            resumed = processes.take([m for m in layer_map.matrices if m.name in entries], flops)
             _check_content(checkpoint, resumed, entries, output.journal)
-        todo = ranks.take([m for m in layer_map.matrices if m.name not in entries], flops)
+        todo = processes.take([m for m in layer_map.matrices if m.name not in entries], flops)
 
         def stream() -> Iterator[tuple[MatrixRef, bool]]:
             for matrix in layer_map.matrices:
@@ -197,17 +209,17 @@ def analyze(
 
         for _ in progress(stream(), layer_map) if progress else stream():
             pass
-        entries = ranks.share(entries)
+        entries = processes.share(entries)
         metrics = None
-        if ranks.first:
+        if processes.first:
             metrics = _assemble(checkpoint, layer_map, settings, entries)
             if output is not None:
                 metrics = _write(metrics, entries, output)
-        ranks.wait()  # until the results are safe, every journal stays
+        processes.wait()  # until the results are safe, every journal stays
         if journal is not None:
             journal.remove()
-        if output is not None and ranks.first:
-            ranks.remove_journals(output.journal)
+        if output is not None and processes.first:
+            processes.remove_journals(output.journal)
     return metrics
 
 
@@ -250,15 +262,24 @@ def _assemble(
             weights_sha256=hashlib.sha256(hashes).hexdigest(),
             architecture=checkpoint.architecture,
             num_layers=len(layer_map.prefixes),
-            parameters=sum(
-                math.prod(ref.shape) for ref in checkpoint.tensors if ref.dtype in FLOAT_DTYPES
-            ),
+            parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors if ref.is_float),
+            dequantised=_dequantised(layer_map.matrices),
         ),
         settings=settings,
         spectra=None,
         matrices=tuple(matrices),
         layers=summarise(matrices, layer_map.prefixes),
         skipped=tuple(Skipped(*item) for item in (*layer_map.skipped, *unindexed)),
+    )
+
+
+def _dequantised(matrices: Iterable[MatrixRef]) -> tuple[Dequantised, ...]:
+    """What was dequantised: how many matrices, of which format and dtype."""
+    packed = (matrix.ref for matrix in matrices)
+    kinds = Counter((ref.packed.format, ref.dtype) for ref in packed if ref.packed is not None)
+    return tuple(
+        Dequantised(form, dtype, count, quantised.decoder(form) or None)
+        for (form, dtype), count in sorted(kinds.items())
     )
 
 
@@ -288,7 +309,7 @@ def _identity(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
         "htsr version": __version__,
         "checkpoint": checkpoint.revision
         or [[s.name, s.identity] for s in checkpoint.listing.shards],
-        "weight_block_size": checkpoint.weight_block_size,
+        "dequantised": quantised.identity(checkpoint.tensors),
         "engine": settings.engine,
         "linear algebra": library.name if library else "torch",
         "bins": settings.bins,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from htsr_alloc.checkpoints import quantised
 from htsr_alloc.checkpoints.layers import MatrixRef
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.spectra import ROW_CHUNK
@@ -35,13 +36,17 @@ def flops(matrix: MatrixRef) -> float:
 
 
 def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
-    """What one matrix and its worker hold: the matrix as stored (and scaled, in float32), its
+    """What one matrix and its worker hold: the matrix as stored (and dequantised to float32), its
     Gram matrix, which LAPACK overwrites and torch copies, and two chunks of rows."""
     from htsr_alloc.spectra import lapack
 
     m, n = max(matrix.shape), min(matrix.shape)
-    size = FLOAT_DTYPES[matrix.ref.dtype][0]
-    stored = m * n * (size if size > 1 else 5)
+    if matrix.ref.packed is None:
+        size = FLOAT_DTYPES[matrix.ref.dtype][0]
+        stored = m * n * (size if size > 1 else 5)
+    else:
+        slices = 1 if matrix.index is None else max(1, matrix.ref.shape[0])
+        stored = 4 * m * n + matrix.ref.nbytes // slices
     copied = engine == "portable" or lapack.load() is None
     band = 4 * m * n if engine == "fast" and m < 1.5 * n else 0
     return WORKER_BYTES + stored + band + 8 * n * ((2 if copied else 1) * n + 2 * ROW_CHUNK)
@@ -64,7 +69,8 @@ def workers_bytes(matrices: Sequence[MatrixRef], workers: int, engine: str) -> i
 
 def fixed_bytes(matrices: Sequence[MatrixRef]) -> int:
     """What does not depend on the number of workers."""
-    return BASE_BYTES + spectra_bytes(matrices) + svd_bytes(matrices)
+    libraries = quantised.library_bytes(matrix.ref for matrix in matrices)
+    return BASE_BYTES + libraries + spectra_bytes(matrices) + svd_bytes(matrices)
 
 
 def spectra_bytes(matrices: Sequence[MatrixRef]) -> int:

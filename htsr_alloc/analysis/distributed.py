@@ -33,7 +33,7 @@ SILENCE = 10.0  # seconds of waiting before it is said
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among its peers."""
 
     rank: int = 0
@@ -41,7 +41,7 @@ class Ranks:
     group: Any = None
 
     @classmethod
-    def join(cls) -> Ranks:
+    def join(cls) -> Processes:
         """Meet the other processes of a torchrun; alone where there is none.
 
         Raises:
@@ -62,7 +62,7 @@ class Ranks:
 
         return cls(rank, size, cls(rank, size)._wait_for(meet, TO_MEET))
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

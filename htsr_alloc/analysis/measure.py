@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,15 @@ EPS = {
     "F8_E5M2": 2.0**-2,
 }
 SPREAD = 4.0
+CODES = {name: code for code, (_, name) in FLOAT_DTYPES.items()}  # of torch dtypes
+
+
+def eps_of(dtype: str) -> float:
+    """``EPS``, and of what was quantised to b bits (``Q4_K``, ``INT8``) 2^(2 - b): half a step of
+    a block whose largest entry is about three times its root mean square. At most 2^-2, above
+    which independent entries would pass for equal singular values."""
+    bits = re.search(r"[0-9]+", dtype)
+    return EPS.get(dtype) or min(2.0**-2, 2.0 ** (2 - int(bits[0][:2] if bits else 0)))
 
 
 def measure(matrix: MatrixRef, found: Spectrum, settings: Settings) -> Matrix:
@@ -78,7 +88,7 @@ def fit_of(matrix: Matrix, tail: np.ndarray, estimator: str, bins: int) -> Fit:
     found = fit(tail, estimator, bins)
     if found.alpha is None or not is_flat(tail, matrix.shape, matrix.dtype):
         return found
-    stored = FLOAT_DTYPES[matrix.dtype][1]
+    stored = FLOAT_DTYPES.get(matrix.dtype, (0, matrix.dtype))[1]
     reason = f"all eigenvalues are equal within the rounding of {stored}"
     return Fit(None, None, None, None, None, FAILED, reason)
 
@@ -97,14 +107,14 @@ def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
 
     Args:
         values: (n,) ascending eigenvalues, the squared singular values.
-        dtype: as stored, a key of ``EPS``.
+        dtype: as stored.
     """
     if not len(values):
         return False
     least, largest = np.sqrt(values[0]), np.sqrt(values[-1])
     m, n = max(shape), min(shape)
-    stored = SPREAD * EPS[dtype] * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
-    computed = n * min(EPS[dtype], EPS["F32"]) * largest
+    stored = SPREAD * eps_of(dtype) * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
+    computed = n * min(eps_of(dtype), EPS["F32"]) * largest
     return bool(largest - least <= stored + computed)
 
 

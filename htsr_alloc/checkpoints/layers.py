@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef, natural
 from htsr_alloc.errors import HtsrError
 
 # The word before a block's number, by the families that use it. A number after any other word
@@ -173,7 +173,7 @@ def map_layers(
                 reason = "matched by exclude"
         if reason is not None:
             skipped[ref.name] = reason
-        elif ref.dtype not in FLOAT_DTYPES:
+        elif not ref.is_float:
             quantised.append(ref.name)
         else:
             kept.append(ref)
@@ -287,7 +287,7 @@ def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -
         return f"{dims}-d (no matrix)"
     if ref.dtype in ("BOOL", "C64"):
         return f"dtype {ref.dtype}"
-    if ref.dtype not in FLOAT_DTYPES:
+    if not ref.is_float:
         return None
     if dims == 3 and _names(HEADS_APART, base):
         return None

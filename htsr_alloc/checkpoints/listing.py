@@ -23,6 +23,16 @@ FLOAT_DTYPES = {
     "F8_E4M3": (1, "float8_e4m3fn"),
     "F8_E5M2": (1, "float8_e5m2"),
 }
+# The same for what only parts of a quantised weight hold.
+PART_DTYPES = {
+    **FLOAT_DTYPES,
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "F8_E8M0": (1, "uint8"),
+}
 # A weight's scale sits beside it under one of these names; the stored values are to be
 # multiplied by it. "inv" is DeepSeek's word for what is a plain factor.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -32,7 +42,7 @@ CONFIG_NAMES = ("config.json", "adapter_config.json")
 MAX_JSON = 100_000_000  # bytes of an index or a configuration
 PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-OTHER_FORMATS = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
+OTHER_FORMATS = {".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
 
 
 def natural(text: str) -> list[str | tuple[int, str]]:
@@ -42,10 +52,27 @@ def natural(text: str) -> list[str | tuple[int, str]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """How a quantised weight is stored.
+
+    Attributes:
+        format: a key of ``quantised.FORMATS``.
+        parts: (role, stored tensor), in the order in which they are read and hashed.
+        settings: all else that the float matrix depends on, as text.
+    """
+
+    format: str
+    parts: tuple[tuple[str, TensorRef], ...]
+    settings: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor as its shard's header describes it; ``dtype`` is the header's code (``BF16``).
 
-    ``begin`` is where its bytes start in the shard.
+    ``begin`` is where its bytes start in the shard. With ``packed`` it is the float tensor that
+    several stored ones make: its name and shape are those of the float checkpoint, and ``dtype``
+    says what its numbers were rounded to (``F8_E4M3``, ``INT4``, ``Q4_K``).
     """
 
     name: str
@@ -53,11 +80,24 @@ class TensorRef:
     shape: tuple[int, ...]
     shard: int
     begin: int = 0
+    packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored; 0 for a dtype that is not analysed."""
-        return math.prod(self.shape) * FLOAT_DTYPES.get(self.dtype, (0, ""))[0]
+        """Bytes stored; 0 for a dtype that is not read."""
+        if self.packed is not None:
+            return sum(part.nbytes for _, part in self.packed.parts)
+        return math.prod(self.shape) * PART_DTYPES.get(self.dtype, (0, ""))[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether reading it gives floats: stored as such, or made from its parts."""
+        return self.packed is not None or self.dtype in FLOAT_DTYPES
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors of the files that it is read from: its parts, or itself."""
+        return (self,) if self.packed is None else tuple(part for _, part in self.packed.parts)
 
 
 @dataclass(frozen=True)
@@ -206,6 +246,16 @@ def refuse_format(names: Sequence[str], where: Path | str) -> None:
             "code, so they are never opened.",
             "Convert them once, where you trust them: "
             "AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True).",
+        )
+    if any(name.endswith(".gguf") for name in names):
+        raise HtsrError(
+            f"{where} holds GGUF files and no safetensors.",
+            "Give one of them by its path; a hub's after `hf download`.",
+        )
+    if any(name.endswith(".distcp") for name in names):
+        raise HtsrError(
+            f"{where} holds a distributed checkpoint (DCP, FSDP), which is not read.",
+            "Convert it: `accelerate merge-weights FOLDER OUTPUT` writes safetensors.",
         )
     for suffix, label in OTHER_FORMATS.items():
         if any(name.endswith(suffix) for name in names):

@@ -97,9 +97,14 @@ def local_header(path: Path) -> tuple[Shard, Header]:
             header = read_header(read, status.st_size, str(path))
     except OSError as error:
         raise cannot("read", path, error) from error
-    identity = f"{_version(status)}:{header.sha256}"
+    return shard_of(path, status, header.sha256), header
+
+
+def shard_of(path: Path, status: os.stat_result, sha256: str) -> Shard:
+    """A local file, whose header has this hash."""
+    identity = f"{_version(status)}:{sha256}"
     stamp = f"{_place(status)}:{status.st_ctime_ns}"
-    return Shard(path.name, status.st_size, identity, stamp), header
+    return Shard(path.name, status.st_size, identity, stamp)
 
 
 def read_small(path: Path) -> bytes:

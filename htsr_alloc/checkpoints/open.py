@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from htsr_alloc.checkpoints.gguf import PART, open_gguf
 from htsr_alloc.checkpoints.local import open_file, open_folder
 from htsr_alloc.checkpoints.reading import Checkpoint
 from htsr_alloc.errors import HtsrError
@@ -28,15 +29,15 @@ def open_checkpoint(
     """List a checkpoint's tensors from its headers.
 
     Args:
-        source: a ``.safetensors`` file, a folder, or a hub id (``org/name``). What exists on
-            disk is taken first.
+        source: a ``.safetensors`` or ``.gguf`` file, a folder, or a hub id (``org/name``). What
+            exists on disk is taken first.
         revision, token, cache_dir, offline: passed to huggingface_hub for a hub id.
         shards: what is done with a hub id's weights. ``keep`` downloads them to the hub's cache,
             ``drop`` keeps each file only until its matrices are done, ``stream`` reads byte
             ranges and writes nothing.
 
     Raises:
-        HtsrError: nothing there, no safetensors, a broken or incomplete shard or index.
+        HtsrError: nothing there, no weights that are read, a broken or incomplete shard or index.
     """
     if shards not in SHARDS:
         raise HtsrError(f"There is no way {shards!r} to treat shards.", f"Choose {SHARDS}.")
@@ -47,11 +48,12 @@ def open_checkpoint(
             "Keep its shards, which is the default.",
         )
     if path.is_file():
-        return open_file(path)
+        return open_gguf(path) if path.suffix == ".gguf" else open_file(path)
     if path.is_dir():
-        return open_folder(path)
+        only = _only_gguf(path)
+        return open_folder(path) if only is None else open_gguf(only)
     text = str(source)
-    if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
+    if HUB_ID.fullmatch(text) and not text.endswith((".safetensors", ".gguf")):
         from htsr_alloc.checkpoints import hub
 
         return hub.open_hub(
@@ -64,6 +66,19 @@ def open_checkpoint(
         )
     raise HtsrError(
         f"{text} is neither a file, a folder nor a hub id.",
-        "Give a .safetensors file, a folder that holds some, or an id such as "
+        "Give a .safetensors or .gguf file, a folder that holds some, or an id such as "
         "meta-llama/Llama-2-7b-hf.",
     )
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The one GGUF model of a folder without safetensors, by its first file."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return None  # which the listing of the folder says
+    found = [name for name in names if name.endswith(".gguf")]
+    first = [name for name in found if not PART.fullmatch(name) or "-00001-of-" in name]
+    if len(first) != 1 or any(name.endswith(".safetensors") for name in names):
+        return None
+    return folder / first[0]

@@ -12,7 +12,7 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.choices import ADAPTER, OVER, POOL, REPAIR, STRATEGY
-from htsr_alloc.cli.options import OutFile
+from htsr_alloc.cli.options import OutFile, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -86,6 +86,10 @@ def allocate(
     top_k: Annotated[int, "Experts K that a token uses at most."] = 2,
     groups: Annotated[str | None, "Groups of the mola strategy, as 2468 or 4-6-8-10."] = None,
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
+    settings: Annotated[
+        list[str] | None,
+        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.request:SETTINGS}.",
+    ] = None,
     layers: Annotated[int | None, "Number of layers, where there is no metrics file."] = None,
     sensitivity: Annotated[
         bool, "Also show how the counts change with estimator, beta and matrices."
@@ -117,6 +121,16 @@ def allocate(
     )
     loaded, source, stem = None, None, strategy
     given = allocation.read_scores(scores, column or "score") if scores is not None else None
+    own = {
+        "beta": beta,
+        "spread": spread,
+        "groups": allocation.parse_groups(groups) if groups is not None else None,
+        "experts": allocation.parse_counts(experts) if experts is not None else None,
+    }
+    for name, value in allocation.read_settings(strategy, pairs(settings or ())).items():
+        if own.get(name) is not None:
+            raise HtsrError(f"`{name}` is given twice.", f"Remove --set {name}.")
+        own[name] = value
     request = allocation.Request.of(
         strategy,
         T=allocation.parse_experts(T) if T is not None else None,
@@ -136,10 +150,7 @@ def allocate(
         layers=layers,
         stack=stack,
         score_over=score_over,
-        beta=beta,
-        spread=spread,
-        groups=allocation.parse_groups(groups) if groups is not None else None,
-        experts=allocation.parse_counts(experts) if experts is not None else None,
+        **own,
     )
     if given is not None:
         stem = given.source.file.rpartition(".")[0]

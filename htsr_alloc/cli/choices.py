@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import re
 from collections.abc import Iterator
@@ -42,6 +41,8 @@ class Choice:
         """
         names = self.names()
         if name not in names:
+            import difflib  # for this only: --help is quicker without
+
             near = difflib.get_close_matches(name, names, 1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise UnknownName(
@@ -112,7 +113,7 @@ METRIC = Choice("metric", "records.facts:METRICS")
 OVER = Choice("score_over", "allocation.scope:OVER")
 POOL = Choice("pool", "allocation.units:POOLS")
 REPAIR = Choice("repair", "allocation.rounding:REPAIRS")
-STRATEGY = Choice("strategy", "allocation.strategies:STRATEGIES")
+STRATEGY = Choice("strategy", "allocation.strategies:modules")
 SYSTEM = Choice("system", "lora_moe.systems:modules")
 TASK = Choice("task", "training.tasks:TASKS")
 TRAINED_SYSTEM = Choice("system", "lora_moe.systems:modules", "training.baselines:BASELINES")

@@ -9,9 +9,8 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import Push, hand_on, opened
-from htsr_alloc.cli.choices import DTYPE
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device
+from htsr_alloc.cli.options import Chat, Device, Dtype, OfAdapter
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.training import check_installed
 
@@ -20,16 +19,12 @@ def collapse(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a trained mixture.")],
     data: Annotated[str, "Calibration rows: JSON lines, or a hub data set as org/name:split."],
     output: Annotated[Path, "Folder of the plain LoRA."],
-    model: Annotated[
-        str | None, "Folder or hub id of the model; default the one that the adapter names."
-    ] = None,
+    model: OfAdapter = None,
     limit: Annotated[int, "Number of calibration rows, from the first."] = 64,
     batch_size: Annotated[int, "Rows of a batch."] = 8,
     max_length: Annotated[int, "Most tokens of a row; longer prompts are cut."] = 512,
     chat: Chat = False,
-    dtype: Annotated[
-        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     push: Push = None,
     *,

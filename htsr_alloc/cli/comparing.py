@@ -99,8 +99,10 @@ def allocation_tables(names: Sequence[str], found: Sequence[AllocationComparison
          c.correlation.reason or ""]
         for name, c in zip(names[1:], found, strict=True)
     ]  # fmt: skip
-    columns = ["file", "experts moved", f"T of {names[0]}", "T", "top_k differs", "spearman",
-               "kendall", "note"]  # fmt: skip
+    what = found[0].counted
+    total = "T" if what == "experts" else "sum"
+    columns = ["file", f"{what} moved", f"{total} of {names[0]}", total, "top_k differs",
+               "spearman", "kendall", "note"]  # fmt: skip
     return [
         *_side_by_side("layer", names, [comparison.layers for comparison in found]),
         Table(columns, rows, left=["file", "note"]),

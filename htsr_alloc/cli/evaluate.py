@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import located
-from htsr_alloc.cli.choices import DTYPE, TASK
+from htsr_alloc.cli.choices import TASK
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device
+from htsr_alloc.cli.options import Chat, Device, Dtype
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.training import check_installed
 
@@ -33,9 +33,7 @@ def evaluate(
     ] = None,
     max_length: Annotated[int, "Most tokens of a classified text; longer ones are cut."] = 512,
     chat: Chat = False,
-    dtype: Annotated[
-        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     *,
     hub: Hub,

@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from htsr_alloc.cli.adapters import opened
-from htsr_alloc.cli.choices import DTYPE
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device
+from htsr_alloc.cli.options import Chat, Device, Dtype, OfAdapter
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.training import check_installed
 
@@ -17,14 +16,10 @@ from htsr_alloc.training import check_installed
 def generate(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a trained adapter.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    model: Annotated[
-        str | None, "Folder or hub id of the model; default the one that the adapter names."
-    ] = None,
+    model: OfAdapter = None,
     max_new_tokens: Annotated[int, "Most tokens to write."] = 128,
     chat: Chat = False,
-    dtype: Annotated[
-        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     *,
     hub: Hub,

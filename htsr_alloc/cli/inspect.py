@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from htsr_alloc.cli import views
+from htsr_alloc.cli.inspecting import inspection
 from htsr_alloc.cli.opening import Hub, Selection, Shards, layer_map_of, say_transfer
 from htsr_alloc.cli.options import Source
 from htsr_alloc.cli.screen import Screen
@@ -33,7 +33,5 @@ def show(screen: Screen, checkpoint: Checkpoint, selection: Selection) -> None:
 
     layer_map = layer_map_of(checkpoint, selection)
     cost = predict(layer_map.matrices, available_cores())
-    screen.show(
-        views.inspection(checkpoint, layer_map, cost, transfer(checkpoint, layer_map.matrices))
-    )
+    screen.show(inspection(checkpoint, layer_map, cost, transfer(checkpoint, layer_map.matrices)))
     say_transfer(screen, checkpoint, layer_map)

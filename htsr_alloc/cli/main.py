@@ -27,6 +27,8 @@ from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.options import Command, declared, split_examples
 from htsr_alloc.cli.plot import plot
 from htsr_alloc.cli.report import report
+from htsr_alloc.cli.screen import open_streams
+from htsr_alloc.cli.serve import serve
 from htsr_alloc.cli.study import study
 from htsr_alloc.cli.train import train
 from htsr_alloc.version import __version__
@@ -53,6 +55,7 @@ COMMANDS = (
     train,
     evaluate,
     generate,
+    serve,
     collapse,
     study,
 )
@@ -65,6 +68,7 @@ for command in COMMANDS:  # the order of --help, which cuts sentences that are n
 
 def main() -> None:
     """Entry point."""
+    open_streams()
     stop_on_signals()
     code: str | int | None = None
     try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from htsr_alloc.cli.choices import Choice, filled
+from htsr_alloc.cli.choices import DTYPE, Choice, filled
+from htsr_alloc.errors import HtsrError
 
 FLAGS = {  # parameter -> its options, where they are not --its-name
     "adapter_kind": ["--for"],
@@ -57,8 +58,25 @@ LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
     list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
 ]
+OfAdapter = Annotated[
+    str | None, "Folder or hub id of the model; default the one that the adapter names."
+]
+Dtype = Annotated[str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE]
 Chat = Annotated[bool, "Write prompts in the tokenizer's chat template."]
 Device = Annotated[str, "Where to compute: auto, cpu, cuda, cuda:N or mps."]
+
+
+def pairs(given: Sequence[str]) -> dict[str, str]:
+    """What ``--set NAME=VALUE`` gives, by name."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise HtsrError(f"--set {text} has no value.", "Write --set NAME=VALUE.")
+        if name in found:
+            raise HtsrError(f"--set {name} is given twice.")
+        found[name] = value
+    return found
 
 
 def declared(command: Callable[..., None]) -> Callable[..., None]:
@@ -101,17 +119,16 @@ def declared(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(kind: Any) -> Iterator[inspect.Parameter]:
+@functools.cache
+def _fields(kind: Any) -> tuple[inspect.Parameter, ...]:
     """A dataclass's fields with help, as parameters of a command."""
     hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        if get_origin(hints[field.name]) is Annotated:
-            yield inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=hints[field.name],
-            )
+    only = inspect.Parameter.KEYWORD_ONLY
+    return tuple(
+        inspect.Parameter(own.name, only, default=own.default, annotation=hints[own.name])
+        for own in dataclasses.fields(kind)
+        if get_origin(hints[own.name]) is Annotated
+    )
 
 
 def _typed(own: inspect.Parameter, choice: Choice | None) -> Any:

@@ -25,12 +25,23 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from htsr_alloc.analysis.cost import flops
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, write_text
 
 PIPE_WIDTH = 200  # columns assumed when the output is not a terminal: nothing is cut there
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi, zero-width), line separators
+
+
+def open_streams() -> None:
+    """Give stdin, stdout and stderr to a process that was started without one of them.
+
+    Else the next file that it opens gets the stream's number. Writing to a closed stdout stays an
+    error; what would go to a closed stderr is lost.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # the lowest free
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 def clean(text: object) -> str:
@@ -136,6 +147,8 @@ class Screen:
         if not self.watched:
             yield from stream
             return
+        from htsr_alloc.analysis.cost import flops
+
         total = sum(flops(matrix) for matrix in layer_map.matrices)
         columns = (
             BarColumn(),
@@ -195,9 +208,29 @@ def _cell(value: object) -> str:
     return clean(value)
 
 
-def bar(value: float, largest: float, width: int = 24) -> str:
+def bar(value: float, largest: float, width: int) -> str:
     """A bar of at most ``width`` cells."""
     return "█" * max(1, round(value / largest * width)) if value > 0 else ""
+
+
+def short(prefix: str, most: int = 16) -> str:
+    """The end of a prefix, which tells layers apart: ``…ge_model.layers.10``."""
+    return prefix if len(prefix) <= most else "…" + prefix[1 - most :]
+
+
+def spans(numbers: Iterable[int], most: int = 4) -> str:
+    """Ascending numbers in few words: ``0, 3-29``; of more than ``most`` runs, the middle is
+    left out."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    said = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    if len(said) > most:
+        said = [*said[: most - 1], "…", said[-1]]
+    return ", ".join(said).replace("…,", "…")
 
 
 def size(count: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,9 @@ import typer
 
 from htsr_alloc.cli import views
 from htsr_alloc.cli.adapters import Push, base_of, hand_on
-from htsr_alloc.cli.choices import DTYPE, TASK, TRAINED_SYSTEM
+from htsr_alloc.cli.choices import TASK, TRAINED_SYSTEM
 from htsr_alloc.cli.opening import Hub
-from htsr_alloc.cli.options import Chat, Device, Target
+from htsr_alloc.cli.options import Chat, Device, Dtype, Target, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import check_installed
@@ -54,9 +53,7 @@ def train(
     target: Target = None,
     max_length: Annotated[int, "Most tokens of a row; longer prompts are cut."] = 512,
     chat: Chat = False,
-    dtype: Annotated[
-        str, "Number format; auto is bfloat16 where the device computes in it.", DTYPE
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     resume: Annotated[bool, "Continue at the last checkpoint in the output folder."] = False,
     push: Push = None,
@@ -91,7 +88,7 @@ def train(
         system,
         loaded,
         target=target or (),
-        settings=_pairs(settings or ()),
+        settings=pairs(settings or ()),
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -129,16 +126,3 @@ def train(
     screen.show(views.trained(done))
     what = "model" if adapter.whole else "adapter"
     screen.note(f"wrote {output}: the {what}, {PICTURE} and log.jsonl")
-
-
-def _pairs(given: Sequence[str]) -> dict[str, str]:
-    """The settings by name."""
-    pairs: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise HtsrError(f"--set {text} has no value.", "Write --set NAME=VALUE.")
-        if name in pairs:
-            raise HtsrError(f"--set {name} is given twice.")
-        pairs[name] = value
-    return pairs

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from htsr_alloc.cli.screen import Table, View, bar, duration, size
+from htsr_alloc.cli.screen import Table, View, bar, short
 from htsr_alloc.records import Module, as_json
 from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 
@@ -14,96 +14,51 @@ APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in
 
 if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
-    from htsr_alloc.analysis.cost import Estimate
-    from htsr_alloc.checkpoints.layers import LayerMap
-    from htsr_alloc.checkpoints.listing import Transfer
-    from htsr_alloc.checkpoints.reading import Checkpoint
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
     from htsr_alloc.lora_moe.linears import LeftAlone
-    from htsr_alloc.records import Allocation, Metrics, Signal, Strategy
+    from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
     from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
 
-def inspection(
-    checkpoint: Checkpoint, layer_map: LayerMap, cost: Estimate, moved: Transfer
-) -> View:
-    """Layers, matrices, what is left out and why, and what an analysis will take."""
-    skipped = [
-        *layer_map.skipped,
-        *((name, "not in the index") for name in checkpoint.listing.unindexed),
-        *((name, "quantised to integers") for name in layer_map.quantised),
-    ]
-    shards = checkpoint.listing.shards
-    nbytes = sum(shard.nbytes for shard in shards)
-    data = {
-        "name": checkpoint.name,
-        "revision": checkpoint.revision,
-        "architecture": checkpoint.architecture,
-        "layers": list(layer_map.prefixes),
-        "matrices": [
-            {
-                "tensor": m.name,
-                "layer": m.layer,
-                "role": m.role,
-                "expert": m.expert,
-                "shape": m.shape,
-                "dtype": m.ref.dtype,
-            }
-            for m in layer_map.matrices
-        ],
-        "skipped": [{"tensor": name, "reason": reason} for name, reason in skipped],
-        "bytes": nbytes,
-        "download_bytes": moved.download,
-        "disk_bytes": moved.disk,
-        "seconds": cost.seconds,
-        "peak_bytes": cost.peak_bytes,
-        "least_bytes": cost.least_bytes,
-    }
-    rows = []
-    for number, prefix in enumerate(layer_map.prefixes):
-        own = [m for m in layer_map.matrices if m.layer == number]
-        roles = " ".join(dict.fromkeys(m.role for m in own))
-        shapes = " ".join(sorted({f"{m.shape[0]}x{m.shape[1]}" for m in own}))
-        rows.append([number, prefix, len(own), roles, shapes])
-    columns = ["layer", "prefix", "matrices", "roles", "shapes"]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in skipped:
-        reasons.setdefault(reason, []).append(name)
-    return View(
-        data,
-        [Table(columns, rows, left=["prefix", "roles", "shapes"])],
-        [
-            *(f"left out, {reason}: {_first(names)}" for reason, names in reasons.items()),
-            f"{checkpoint.name}: {len(layer_map.prefixes)} layers, "
-            f"{len(layer_map.matrices)} matrices, {size(nbytes)} in {len(shards)} "
-            f"{'file' if len(shards) == 1 else 'files'}",
-            f"analyze takes about {duration(cost.seconds or 0)} and at most "
-            f"{size(cost.peak_bytes)} of memory on this machine's CPU; --max-memory can lower "
-            f"that to {size(cost.least_bytes)}",
-        ],
-    )
-
-
-def _first(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def metrics(found: Metrics) -> View:
-    """One row a layer."""
-    rows = [
-        [x.layer, x.prefix, x.matrices, x.pl_alpha_hill, x.alpha_hat, x.stable_rank, x.reason or ""]
-        for x in found.layers
-    ]
-    columns = ["layer", "prefix", "matrices", "pl_alpha_hill", "alpha_hat", "stable_rank", "note"]
+    """One row a layer; 80 columns."""
+    from htsr_alloc.reports.explain import explain
+
+    rows, errors, reasons = [], False, False
+    for layer, row in zip(found.layers, explain(found), strict=True):
+        ks = [part.k for part in row.parts if part.k is not None]
+        fits = f"{layer.matrices - layer.unfitted}/{layer.matrices}"
+        rows.append([
+            layer.layer, short(layer.prefix), fits if layer.unfitted else layer.matrices,
+            _plus(layer.pl_alpha_hill, row.se), _to(ks),
+            layer.alpha_hat, layer.stable_rank, layer.reason or "",
+        ])  # fmt: skip
+        errors, reasons = errors or row.se is not None, reasons or layer.reason is not None
+    alpha = "alpha ± se" if errors else "alpha"
+    columns = ["layer", "prefix", "fits", alpha, "k", "alpha_hat", "stable_rank", "note"]
+    if not reasons:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     farms = ", FARMS windows" if found.settings.farms else ""
     return View(
         as_json(found),
         [Table(columns, rows, left=["prefix", "note"])],
-        [f"estimator: {found.settings.estimator}{farms}", *_doubtful(found)],
+        [
+            f"alpha: PL_Alpha_Hill, mean over the matrices; estimator {found.settings.estimator}"
+            f"{farms}; k: eigenvalues in the shortest and the longest tail",
+            *_doubtful(found),
+        ],
     )
+
+
+def _to(counts: Sequence[int]) -> str:
+    """The least and the greatest of some counts."""
+    if not counts:
+        return "-"
+    low, high = min(counts), max(counts)
+    return f"{low}-{high}" if low < high else f"{low}"
 
 
 def _doubtful(found: Metrics) -> list[str]:
@@ -155,12 +110,12 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
     rows = [
         [
             unit.layer,
-            (unit.name if isinstance(unit, Module) else unit.prefix) or "-",
+            short(unit.name, 25) if isinstance(unit, Module) else short(unit.prefix or "-"),
             unit.score,
-            unit.quota,
+            None if unit.quota is None else float(unit.quota),
             unit.experts,
             k,
-            bar(unit.experts, largest),
+            bar(unit.experts, largest, 14 if result.modules else 20),
         ]
         for unit, k in zip(units, top_k, strict=True)
     ]
@@ -209,7 +164,7 @@ def _signal(signal: Signal | None) -> list[str]:
     return said + ([signal.uniform] if signal.uniform else [])
 
 
-def _recommended(strategy: Strategy) -> list[str]:
+def _recommended(strategy: StrategyRecord) -> list[str]:
     """Which estimator a decision should use, where this one only reproduces a paper."""
     if strategy.estimator not in NOISY:
         return []
@@ -229,13 +184,13 @@ def _sensitivity(found: Sensitivity) -> Table:
     """One row a layer: its range under each cause, and the share of draws within one expert."""
     rows = []
     for layer in found.layers:
-        cells: list[object] = [layer.layer, layer.prefix or "-", layer.experts]
+        cells: list[object] = [layer.layer, layer.experts]
         for cause in found.causes:
             seen = layer.ranges[cause]
             cells += [f"{seen.low}-{seen.high}", f"{seen.near:.0%}"]
         rows.append([*cells, "stable" if layer.stable else ""])
     columns = [name for cause in found.causes for name in (cause, "±1")]
-    return Table(["layer", "prefix", "experts", *columns, ""], rows, left=["prefix", ""])
+    return Table(["layer", "experts", *columns, ""], rows, left=[""])
 
 
 def _causes(found: Sensitivity) -> list[str]:

@@ -16,12 +16,12 @@ except ImportError as error:
         "pip install 'htsr-alloc[train]'",
     ) from None
 
-from htsr_alloc.lora_moe.build import build
+from htsr_alloc.lora_moe.build import build, config_for
 from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.model import LoraMoeModel
-from htsr_alloc.lora_moe.report import RouterReport, plot_routing, routing_report
+from htsr_alloc.lora_moe.routing import RouterReport, plot_routing, routing_report
 from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin, activation_parameters
 from htsr_alloc.lora_moe.systems.em_lora.figure import plot_activations
 from htsr_alloc.lora_moe.systems.em_lora.generation import after_prompt
@@ -37,6 +37,7 @@ __all__ = [
     "after_prompt",
     "build",
     "collapse",
+    "config_for",
     "plot_activations",
     "plot_routing",
     "router_aux_loss",

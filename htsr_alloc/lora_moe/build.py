@@ -44,10 +44,22 @@ class LayerReport:
 
 
 def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) -> PeftModel:
-    """Put the allocated experts on a model, as ``get_peft_model`` does.
+    """Put the allocated experts on a model, in place, as ``get_peft_model`` does.
+
+    The arguments are those of ``config_for``.
+    """
+    peft_model = get_peft_model(model, config_for(model, allocation, **config))  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def config_for(
+    model: nn.Module, allocation: Allocation | str | Path, **config: Any
+) -> LoraMoeConfig:
+    """The configuration of an allocation's experts on a model, for trainers that take one.
 
     Args:
-        model: a transformers model, adapted in place.
+        model: a transformers model; one without weights will do.
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
@@ -87,14 +99,11 @@ def build(model: nn.Module, allocation: Allocation | str | Path, **config: Any) 
         for name, (n, k) in counts.items():
             if n and k != min(config["top_k"], n):
                 config["top_k_pattern"].setdefault(name, k)
-    made = LoraMoeConfig(
+    return LoraMoeConfig(
         target_modules=targets,
         expert_pattern={name: n for name, (n, _) in counts.items() if n},
         **config,
     )
-    peft_model = get_peft_model(model, made)  # type: ignore[arg-type]
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
 
 
 def load(allocation: Allocation | str | Path) -> Allocation:

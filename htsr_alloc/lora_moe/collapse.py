@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
 from htsr_alloc.lora_moe.model import layers_of
-from htsr_alloc.lora_moe.report import evaluating, routing_report
+from htsr_alloc.lora_moe.routing import evaluating, routing_report
 
 
 @dataclass(frozen=True)

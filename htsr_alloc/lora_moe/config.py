@@ -58,6 +58,8 @@ class LoraMoeConfig(PeftConfig):
             is eq. 6 beyond ±12 too, as adapters of format version 1 have it.
         em_dora: EM-DoRA, the experts being DoRA.
         modules_to_save: trained and saved whole, as a classification head.
+        trainable_token_indices: rows of the embedding that are trained, as in ``LoraConfig``; TRL
+            sets it when it adds tokens.
         check_base: refuse to load on a base whose weights differ from the ones trained on.
         base_probe: written by save_pretrained: a few numbers of every adapted weight.
         format_version: of the adapter's files.
@@ -90,6 +92,7 @@ class LoraMoeConfig(PeftConfig):
     em_activation: Setting[str] = "rational"
     em_dora: Setting[bool] = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     check_base: bool = True
     base_probe: dict[str, Any] | None = None
     format_version: int | None = None

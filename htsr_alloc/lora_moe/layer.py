@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import balance, gates
 from htsr_alloc.lora_moe.config import LoraMoeConfig
+from htsr_alloc.lora_moe.gated import GatedLora
 from htsr_alloc.lora_moe.linears import adapter_dtype, base_weight, features
 from htsr_alloc.lora_moe.state import RouterState
 from htsr_alloc.lora_moe.systems import SYSTEMS, Product, System
@@ -166,6 +167,14 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
     def products(self, adapter: str) -> Iterator[Product]:
         """The low-rank product of each expert of one adapter."""
         return self.mixture[adapter].system.products(self, adapter)
+
+    def gated(self, adapter: str) -> GatedLora:
+        """One adapter as one LoRA with gated ranks.
+
+        Raises:
+            HtsrError: EM-LoRA.
+        """
+        return self.mixture[adapter].system.gated(self, adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always refused."""

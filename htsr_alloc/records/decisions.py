@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from htsr_alloc.errors import check_choice
 from htsr_alloc.records.facts import (
     ADDED,
     Count,
@@ -18,7 +19,6 @@ from htsr_alloc.records.facts import (
     Model,
     Tool,
     check_bare_name,
-    named_table,
 )
 from htsr_alloc.records.frames import frame
 
@@ -62,7 +62,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class StrategyRecord:
     """How an allocation was chosen; a field that the strategy does not use is null.
 
     ``spread`` is the ratio of quotas that beta was solved for. ``farms`` are the windows that the
@@ -158,7 +158,7 @@ class Allocation:
     tool: Tool | None = None
     model: Model | None = None
     metrics: File | None = None
-    strategy: Strategy | None = None
+    strategy: StrategyRecord | None = None
     evidence: tuple[Evidence, ...] = ()
     modules: tuple[Module, ...] = field(default=(), metadata=ADDED)
     parameters: Parameters | None = field(default=None, metadata=ADDED)
@@ -173,7 +173,7 @@ class Allocation:
         Raises:
             HtsrError: pandas is not installed, or there is no such table.
         """
-        named_table(table, ("layers", "modules"))
+        check_choice("table", table, ("layers", "modules"))
         if table == "modules":
             return frame(self.modules, Module)
         rows = self.evidence or tuple(
@@ -186,6 +186,11 @@ class Allocation:
     def holds_ranks(self) -> bool:
         """Whether counts are ranks of plain LoRA, not experts."""
         return self.unit == RANKS
+
+    @property
+    def counted(self) -> Literal["experts", "ranks"]:
+        """What the counts are, in a word."""
+        return "ranks" if self.holds_ranks else "experts"
 
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""

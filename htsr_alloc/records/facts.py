@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.records.frames import frame
 from htsr_alloc.version import __version__
 
@@ -56,12 +55,28 @@ def this_tool() -> Tool:
 
 
 @dataclass(frozen=True)
+class Dequantised:
+    """``matrices`` quantised matrices of one kind that were analysed as the floats they stand for.
+
+    ``format`` is the way they are stored (``gguf``, ``gptq``), ``dtype`` that of the matrices;
+    ``library`` decoded them, or null where htsr did. Their smallest singular values are rounding
+    noise.
+    """
+
+    format: str
+    dtype: str
+    matrices: Count
+    library: str | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """What was analysed.
 
     ``revision`` is the hub's commit, or null for local files; ``weights_sha256`` is the hash
     over the stored bytes of every analysed tensor, in the order of ``matrices``. ``parameters``
     counts the numbers in all of the checkpoint's float tensors, embeddings included.
+    ``dequantised`` says which matrices were stored quantised.
     """
 
     name: str
@@ -70,6 +85,7 @@ class Model:
     architecture: str | None = None
     num_layers: int | None = None
     parameters: int | None = field(default=None, metadata=ADDED)
+    dequantised: tuple[Dequantised, ...] = field(default=(), metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -233,7 +249,8 @@ class Metrics:
             HtsrError: pandas is not installed, or there is no such table.
         """
         kinds = {"layers": Layer, "matrices": Matrix, "skipped": Skipped}
-        return frame(getattr(self, named_table(table, kinds)), kinds[table])
+        check_choice("table", table, kinds)
+        return frame(getattr(self, table), kinds[table])
 
     def check(self) -> None:
         """Raise ValueError on what types alone cannot say."""
@@ -255,13 +272,6 @@ class Metrics:
                 raise ValueError(f"layers[{layer.layer}].reason: a null number needs a reason")
         if self.spectra is not None:
             check_bare_name(self.spectra.file, "spectra.file")
-
-
-def named_table(table: str, kinds: Iterable[str]) -> str:
-    """The table's name; HtsrError where there is none of it."""
-    if table not in kinds:
-        raise HtsrError(f"There is no table {table!r}.", f"Choose from {', '.join(kinds)}.")
-    return table
 
 
 def check_bare_name(name: str, where: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import METRICS, Metrics
+from htsr_alloc.errors import HtsrError, check_choice
+from htsr_alloc.records import METRICS, Matrix, Metrics
 
 
 def layer_values(metrics: Metrics, metric: str) -> np.ndarray:
@@ -16,29 +16,39 @@ def layer_values(metrics: Metrics, metric: str) -> np.ndarray:
     Raises:
         HtsrError: unknown metric, no layers.
     """
-    if metric not in METRICS:
-        raise HtsrError(f"There is no metric {metric!r}.", f"Choose from {', '.join(METRICS)}.")
+    check_choice("metric", metric, METRICS)
     if not metrics.layers:
         raise HtsrError("The metrics hold no layers.")
     return _numbers([getattr(layer, metric) for layer in metrics.layers])
 
 
-def role_values(metrics: Metrics, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """The roles in the file's order, and (R, L) values.
+def by_role(metrics: Metrics) -> dict[str, dict[int, list[Matrix]]]:
+    """Role -> layer -> its matrices (several where a mixture has experts), in the file's order."""
+    found: dict[str, dict[int, list[Matrix]]] = {}
+    for matrix in metrics.matrices:
+        found.setdefault(matrix.role, {}).setdefault(matrix.layer, []).append(matrix)
+    return found
+
+
+def role_values(metrics: Metrics, name: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The roles in the file's order, and (R, L) values of a metric or of ``k``.
 
     A mixture's experts of one role are averaged; NaN where no matrix of the role has a value.
     """
-    found: dict[str, dict[int, list[float]]] = {}
-    for matrix in metrics.matrices:
-        own = found.setdefault(matrix.role, {}).setdefault(matrix.layer, [])
-        if (value := getattr(matrix, metric)) is not None:
-            own.append(value)
+    found = by_role(metrics)
     table = np.full((len(found), len(metrics.layers)), np.nan)
     for row, layers in enumerate(found.values()):
-        for layer, values in layers.items():
+        for layer, matrices in layers.items():
+            values = [v for m in matrices if (v := getattr(m, name)) is not None]
             if values:
                 table[row, layer] = np.mean(values)
     return tuple(found), table
+
+
+def mean_error(matrices: Sequence[Matrix], error: str) -> float:
+    """The standard error of the matrices' mean alpha; NaN where a fitted one has none."""
+    found = [getattr(m, error) for m in matrices if m.pl_alpha_hill is not None]
+    return float(np.linalg.norm(found)) / len(found) if found and None not in found else np.nan
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:

@@ -78,13 +78,15 @@ class AllocationComparison:
     """Two allocations over the same number of layers.
 
     Attributes:
-        layers: experts of each.
+        counted: experts or ranks.
+        layers: those of each.
         top_k: layers whose top_k differs.
         budgets: T of both.
-        moved: experts that change their layer: half the L1 distance, of which a difference of
-            the budgets is first taken off.
+        moved: how many change their layer: half the L1 distance, of which a difference of the
+            budgets is first taken off.
     """
 
+    counted: str
     layers: tuple[Pair, ...]
     top_k: tuple[int, ...]
     budgets: tuple[int, int]
@@ -92,7 +94,7 @@ class AllocationComparison:
     correlation: Correlation
 
     def same(self, tolerance: float = 0.0) -> bool:
-        """Whether no layer's experts differ by more than the tolerance, nor top_k at all."""
+        """Whether no layer's count differs by more than the tolerance, nor top_k at all."""
         return not self.top_k and all(_close(pair, tolerance) for pair in self.layers)
 
 
@@ -106,7 +108,7 @@ def compare(
 
     Raises:
         HtsrError: different kinds, an unknown metric, or allocations over different numbers of
-            layers, whose experts cannot be paired.
+            layers or of different things.
     """
     if isinstance(reference, Metrics) and isinstance(other, Metrics):
         return compare_metrics(reference, other, metric)
@@ -157,9 +159,14 @@ def compare_allocations(reference: Allocation, other: Allocation) -> AllocationC
     counts = len(reference.experts), len(other.experts)
     if counts[0] != counts[1]:
         raise HtsrError(
-            f"The allocations have {counts[0]} and {counts[1]} layers, so that their experts "
+            f"The allocations have {counts[0]} and {counts[1]} layers, so that their counts "
             "cannot be paired.",
             "Metrics files of different depths can be compared, by relative depth.",
+        )
+    if reference.unit != other.unit:
+        raise HtsrError(
+            f"One allocation is of {reference.counted}, the other of {other.counted}.",
+            "Compare allocations that count the same.",
         )
     rows = reference.evidence or other.evidence
     names = [row.prefix or f"layer {row.layer}" for row in rows]
@@ -167,6 +174,7 @@ def compare_allocations(reference: Allocation, other: Allocation) -> AllocationC
     a, b = np.array(reference.experts), np.array(other.experts)
     surplus = abs(reference.budget - other.budget)
     return AllocationComparison(
+        counted=reference.counted,
         layers=tuple(
             Pair(name, x, y, y - x)
             for name, x, y in zip(names, reference.experts, other.experts, strict=True)

@@ -101,17 +101,21 @@ def _figures(source: Result, metrics: Metrics, results: Sequence[Result]) -> lis
     found = []
     if any(layer.pl_alpha_hill is not None for layer in metrics.layers):
         inputs = Inputs(metrics=((source.stem, metrics),))
+        errors = any(matrix.alpha_se is not None for matrix in metrics.matrices)
         for view, caption in (
             ("layers", "PL_Alpha_Hill by layer: one line per role, the mean in bold."),
             ("heatmap", "PL_Alpha_Hill by role and layer."),
+            ("errors", "PL_Alpha_Hill with its standard error, and its tails, by role and layer.")
+            if errors
+            else ("tails", "Eigenvalues in each tail."),
         ):
             found.append((caption, _embedded(draw(view, inputs))))
     for result in results:
         if isinstance(result.record, Allocation):
             inputs = Inputs(allocations=((result.file.file, result.record),))
-            caption = (
-                f"Experts of each layer in {result.file.file}, against baselines of equal budget."
-            )
+            what = result.record.counted.capitalize()
+            caption = f"{what} of each layer in {result.file.file}, against baselines of equal "
+            caption += "budget."
             found.append((caption, _embedded(draw("allocation", inputs))))
     chosen = outstanding(metrics)
     if chosen and _spectra_path(source, metrics):

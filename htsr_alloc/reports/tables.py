@@ -46,11 +46,18 @@ def facts(source: Result, metrics: Metrics) -> list[Row]:
     return rows
 
 
+_BUDGET = {"experts": "T", "ranks": "sum of ranks"}  # what is counted -> its sum
+
+
 def allocation_facts(result: Result) -> list[Row]:
     """How an allocation was decided."""
     record = result.record
     assert isinstance(record, Allocation)
-    rows = [("file", result.file.file), ("SHA-256", result.file.sha256), ("T", str(record.budget))]
+    rows = [
+        ("file", result.file.file),
+        ("SHA-256", result.file.sha256),
+        (_BUDGET[record.counted], str(record.budget)),
+    ]
     if record.strategy:
         given = asdict(record.strategy)
         signal = given.pop("signal")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import after_prompt
-from htsr_alloc.lora_moe.report import evaluating
+from htsr_alloc.lora_moe.routing import evaluating
 from htsr_alloc.training.rows import Row
 from htsr_alloc.training.tokens import answer, continuation, pad_id, question
 from htsr_alloc.training.wilson import wilson

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr_alloc import files
 from htsr_alloc.lora_moe import RouterReport, routing_report
-from htsr_alloc.lora_moe.report import draw_load
+from htsr_alloc.lora_moe.routing import draw_load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.build import build, control
 from htsr_alloc.lora_moe.config import SETTINGS, LoraMoeConfig
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, System
@@ -32,8 +32,7 @@ def method_of(name: str) -> System | Baseline:
     Raises:
         HtsrError: there is none.
     """
-    if name not in METHODS:
-        raise HtsrError(f"There is no system {name!r}.", f"Choose from {', '.join(METHODS)}.")
+    check_choice("system", name, METHODS)
     return METHODS[name]
 
 
@@ -48,8 +47,7 @@ def read_settings(name: str, given: Mapping[str, Any]) -> tuple[tuple[str, Any],
     """
     method, made = method_of(name), {}
     for key in sorted(given):
-        if key not in SETTINGS:
-            raise HtsrError(f"There is no setting {key!r}.", f"Choose from {', '.join(SETTINGS)}.")
+        check_choice("setting", key, SETTINGS)
         if key not in method.settings:
             its = f"Its settings are {', '.join(method.settings)}." if method.settings else None
             raise HtsrError(f"{method.title} does not use {key}.", its or "It has no settings.")

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from htsr_alloc import files
-from htsr_alloc.errors import HtsrError
+from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.build import open_config
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
@@ -151,8 +151,7 @@ def dtype_of(asked: str, device: torch.device) -> torch.dtype:
     Raises:
         HtsrError: another name.
     """
-    if asked not in DTYPES:
-        raise HtsrError(f"There is no dtype {asked!r}.", f"Choose from {', '.join(DTYPES)}.")
+    check_choice("dtype", asked, DTYPES)
     if asked == "auto":
         asked = "bfloat16" if _has_bfloat16(device) else "float32"
     return getattr(torch, asked)

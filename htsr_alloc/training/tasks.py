@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.report import evaluating
+from htsr_alloc.errors import HtsrError, check_choice
+from htsr_alloc.lora_moe.routing import evaluating
 from htsr_alloc.training import evaluate, labelled, models, rows, tokens
 from htsr_alloc.training.evaluate import Progress, Score, score_of
 from htsr_alloc.training.labelled import Labelled
@@ -272,6 +272,5 @@ def readers_of(name: str) -> tuple[Callable[[Path], list[Any]], Made]:
     Raises:
         HtsrError: there is no such task.
     """
-    if name not in TASKS:
-        raise HtsrError(f"There is no task {name!r}.", f"Choose from {', '.join(TASKS)}.")
+    check_choice("task", name, TASKS)
     return TASKS[name]

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from htsr_alloc.analysis.measure import CODES, is_flat
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED
-from htsr_alloc.spectra.estimators import alpha_hat, fit, stable_rank
+from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.spectra.spectrum import Spectrum, spectrum
 from htsr_alloc.watching.adapters import Linear, Product, linears
 from htsr_alloc.watching.products import product_spectrum
@@ -179,6 +180,10 @@ def _measured(
     if found.reason is not None:
         return Watched(*place, None, None, None, None, FAILED, found.reason)
     fitted = fit(values, estimator, bins)
+    stored = str((product.a if product else linear.weight).dtype).removeprefix("torch.")
+    if is_flat(values, (max(d_out, d_in), found.n_zero + len(values)), CODES[stored]):
+        reason = f"all eigenvalues are equal within the rounding of {stored}"
+        fitted = Fit(None, None, None, None, None, FAILED, reason)
     largest, alpha = float(values[-1]), fitted.alpha
     reasons = [fitted.reason] if fitted.reason else []
     if found.n_zero:

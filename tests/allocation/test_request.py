@@ -30,9 +30,12 @@ from htsr_alloc.allocation import (
     keywords_of,
 )
 from htsr_alloc.allocation.exports import EXPORTS
+from htsr_alloc.allocation.request import SETTINGS
 from htsr_alloc.allocation.strategies import Plan, Strategy
 from htsr_alloc.cli.allocate import allocate as command
+from htsr_alloc.cli.choices import STRATEGY
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.records import Allocation, loads
 
 WING = sorted((ROOT / "htsr_alloc" / "allocation").rglob("*.py"))
 COMMANDS = [ROOT / "htsr_alloc" / "cli" / name for name in ("allocate.py", "export.py")]
@@ -86,7 +89,7 @@ def test_a_request_is_allocated_as_its_keywords_are():
         (lambda: Share(1.5), "at most 1, not 1.5"),
         (
             lambda: Request.of("uniform", T=9, beta=1.0),
-            "beta belongs to the alphalora and shrunk strategy",
+            "beta belongs to the alphalora, common, shrunk strategy",
         ),
         (lambda: Request.of(T=9, r=4), "^r matters to params and target_share alone"),
         (lambda: Request.of(T=9, pool="role"), "^pool role is about per_module"),
@@ -129,6 +132,33 @@ def test_a_new_strategy_is_a_class_and_a_row(monkeypatch):
         allocate(None, strategy="uniform", first=3, T=12, layers=3)
 
 
+def test_a_file_is_a_strategy():
+    files = {p.stem for p in (ROOT / "htsr_alloc/allocation/strategies").glob("*.py")}
+    assert set(STRATEGIES) == files - {"base", "__init__"} == set(STRATEGY.names())
+
+
+def test_every_setting_of_a_strategy_can_be_set(invoke, tmp_path):
+    """An option of its own is not needed; what has one is the same setting."""
+    metrics, made = ROOT / "data" / "minilm.metrics.json", tmp_path / "a.json"
+    asked = ("allocate", metrics, "--T", 30, "-o", made)
+    assert invoke(*asked, "--set", "spread=4").rc == 0
+    assert loads(Allocation, made.read_text(), "a").strategy.spread == 4.0
+    assert invoke(*asked, "--spread", 4).rc == 0  # a differing allocation would be refused
+    assert {f.name for s in STRATEGIES.values() for f in fields(s)} == set(SETTINGS)
+    shown = " ".join(invoke("allocate", "--help").stdout.split())
+    assert f"Names: {', '.join(SETTINGS)}." in shown
+    for given, sentence in (
+        (("--set", "spread=4", "--spread", "4"), "--spread is given twice."),
+        (("--set", "spread=wide"), "spread: expected float"),
+        (("--set", "groups=24"), "--groups belongs to the mola strategy"),
+        (("--set", "spred=4"), "There is no setting 'spred'."),
+        (("--set", "spread"), "--set spread has no value."),
+    ):
+        done = invoke(*asked, *given)
+        assert done.rc == 1
+        assert sentence in done.stderr
+
+
 def test_no_strategy_repair_or_export_is_asked_for_by_name():
     """``if name == "mola"``, anywhere in the wing or its commands."""
     names = {*STRATEGIES, *REPAIRS, *EXPORTS}
@@ -163,9 +193,8 @@ def test_an_error_names_the_argument_or_its_option(invoke):
 
 
 def test_every_argument_of_a_request_is_an_option():
-    own = {field.name for strategy in STRATEGIES.values() for field in fields(strategy)}
-    keywords = set(inspect.signature(Request.of).parameters) - {"settings", "budget", "bounds"}
-    assert own | keywords | {"low", "high"} <= set(inspect.signature(command).parameters)
+    keywords = set(inspect.signature(Request.of).parameters) - {"budget", "bounds"}
+    assert keywords | {"low", "high"} <= set(inspect.signature(command).parameters)
 
 
 def test_a_request_can_be_changed():

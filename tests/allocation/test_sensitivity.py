@@ -14,7 +14,7 @@ from helpers.records_made import linears
 from htsr_alloc.allocation import Request, allocate
 from htsr_alloc.allocation.sensitivity import sensitivity_of
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Layer, Metrics, loads
+from htsr_alloc.records import Layer, Metrics, Settings, loads
 from htsr_alloc.spectra.estimators import AT_PEAKS
 
 
@@ -23,30 +23,45 @@ def smollm2():
     return loads(Metrics, path.read_text(), path.name), path
 
 
-def test_sensitivity_is_what_allocating_again_gives():
+@pytest.mark.parametrize(("strategy", "draws"), [("alphalora", 40), ("common", 10)])
+def test_sensitivity_is_what_allocating_again_gives(strategy, draws):
     metrics, path = smollm2()
-    request = {"T": 160, "beta": 2.5}
-    found = sensitivity_of(metrics, path, Request.of(**request), draws=40, seed=3)
+    request = {"T": 160, "beta": 2.5, "strategy": strategy}
+    found = sensitivity_of(metrics, path, Request.of(**request), draws=draws, seed=3)
     own = allocate(metrics, **request)
     assert list(found.causes) == ["estimator", "beta", "matrices"]
     assert set(found.causes["estimator"]) == set(AT_PEAKS) - {"official"}
     assert found.causes["beta"] == [2.0, 3.0]
-    betas = [allocate(metrics, T=160, beta=beta).experts for beta in (2.0, 3.0)]
+    betas = [allocate(metrics, **request | {"beta": beta}).experts for beta in (2.0, 3.0)]
     # The bootstrap again, in the plainest words.
     generator = np.random.default_rng(3)
-    alphas = [
-        [m.pl_alpha_hill for m in metrics.matrices if m.layer == i]
-        for i in range(len(metrics.layers))
-    ]
+    z = {(m.layer, m.role): math.log(m.pl_alpha_hill - 1) for m in metrics.matrices}
+    roles = list(dict.fromkeys(m.role for m in metrics.matrices))
+    middle = {role: np.mean([z[i, role] for i in range(30)]) for role in roles}
+    spread = {role: np.std([z[i, role] for i in range(30)]) for role in roles}
+    sure = {(m.layer, m.role): m.alpha_se / (m.pl_alpha_hill - 1) for m in metrics.matrices}
     drawn = []
-    for _ in range(40):
-        means = [float(np.mean([own[i] for i in generator.integers(len(own), size=len(own))]))
-                 for own in alphas]  # fmt: skip
+    for _ in range(draws):
+        alphas, errors, means = {}, {}, []
+        for i in range(30):
+            chosen = [roles[j] for j in generator.integers(7, size=7)]
+            for role, other in zip(roles, chosen, strict=True):
+                unit = spread[role] / spread[other]
+                alpha = 1 + math.exp(middle[role] + unit * (z[i, other] - middle[other]))
+                alphas[i, role], errors[i, role] = alpha, unit * sure[i, other] * (alpha - 1)
+            means.append(float(np.mean([alphas[i, role] for role in roles])))
         layers = tuple(
             dataclasses.replace(layer, pl_alpha_hill=mean)
             for layer, mean in zip(metrics.layers, means, strict=True)
         )
-        drawn.append(allocate(dataclasses.replace(metrics, layers=layers), **request).experts)
+        matrices = tuple(
+            dataclasses.replace(
+                m, pl_alpha_hill=alphas[m.layer, m.role], alpha_se=errors[m.layer, m.role]
+            )
+            for m in metrics.matrices
+        )
+        changed = dataclasses.replace(metrics, layers=layers, matrices=matrices)
+        drawn.append(allocate(changed, **request).experts)
     for i, row in enumerate(found.layers):
         assert row.experts == own.experts[i]
         for cause, counts in (("beta", betas), ("matrices", drawn)):
@@ -78,6 +93,18 @@ def test_refits_are_those_of_htsr_fit(tmp_path, invoke):
             min(column),
             max(column),
         )
+
+
+def test_a_roles_own_level_is_no_noise():
+    """Two roles at very different levels, which every layer has alike."""
+    levels = [[2.0, 8.0], [2.2, 8.2], [2.4, 8.4], [2.6, 8.6]]
+    metrics = linears({"q_proj": (4, 4), "v_proj": (4, 4)}, levels)
+    layers = tuple(
+        Layer(i, f"layers.{i}", 2, 0, sum(own) / 2, 0.5, 2.5, None) for i, own in enumerate(levels)
+    )
+    metrics = dataclasses.replace(metrics, layers=layers, settings=Settings("median"))
+    found = sensitivity_of(metrics, ROOT, Request.of(T=40), draws=50)
+    assert all(row.ranges["matrices"].near == 1 for row in found.layers)
 
 
 def test_equal_matrices_are_perfectly_stable_under_the_bootstrap():
@@ -117,8 +144,7 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     done = invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5)
     assert done.rc == 0
     header = done.stdout.splitlines()[32].split()
-    assert header == ["layer", "prefix", "experts", "estimator", "±1", "beta", "±1",
-                      "matrices", "±1"]  # fmt: skip
+    assert header == ["layer", "experts", "estimator", "±1", "beta", "±1", "matrices", "±1"]
     assert len(done.stdout.splitlines()) == 63
     assert "matrices: 5 draws, seed 0" in done.stderr
     result = json.loads(

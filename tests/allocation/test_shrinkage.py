@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import random
 import statistics
@@ -85,6 +86,55 @@ def test_shrunk_scores_are_nearer_the_planted_truth_than_plain_means(layers, rol
         ours += distance([found.scores[i] for i in range(layers)], truth)
         theirs += distance(plain(estimates, layers), truth)
     assert ours < theirs
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.05, 0.1, 0.3, 0.6])
+def test_what_roles_agree_on_is_nearer_a_planted_quality_of_the_layer(sd):
+    """Of layers whose roles share their quality, and where every layer has one wild alpha."""
+    ours, theirs = 0.0, 0.0
+    for seed in range(10):
+        truth, estimates = planted(seed, 30, 7, sd, 1.0)
+        found = shrink(estimates, own=False)
+        ours += distance([found.scores[i] for i in range(30)], truth)
+        theirs += distance(plain(estimates, 30), truth)
+    assert ours < theirs
+
+
+def test_one_role_makes_no_layer_where_only_the_common_part_counts():
+    generator = random.Random(0)
+    estimates = [
+        Estimate(i, f"role {r}", 3 + 0.1 * i + 0.1 * generator.random(), 0.02)
+        for r in range(5) for i in range(12)
+    ]  # fmt: skip
+    wild = [
+        dataclasses.replace(e, alpha=18.3) if (e.layer, e.role) == (4, "role 2") else e
+        for e in estimates
+    ]
+    both, shared = shrink(wild), shrink(wild, own=False)
+    assert both.scores[4] > 5
+    assert abs(shared.scores[4] - shared.scores[3]) < 0.5
+    assert shared.common == both.common > 0
+    # a of the module's text, of one layer
+    y, weight = 0.0, 0.0
+    for i, e in enumerate(wild):
+        if e.layer == 7:
+            role = shared.roles[e.role]
+            common = min(shared.common, *(r.tau2 for r in shared.roles.values()))
+            p = 1 / (role.tau2 - common + (e.se / (e.alpha - 1)) ** 2)
+            y, weight = y + p * (math.log(e.alpha - 1) - role.mean), weight + p
+            last = i
+    effect = math.log(shared.alphas[last] - 1) - shared.roles[wild[last].role].mean
+    assert effect == pytest.approx(common * y / (1 + common * weight), rel=1e-9)
+
+
+def test_roles_that_agree_on_nothing_are_uniform_and_it_is_said():
+    estimates = [Estimate(i, "q", 3 + i, 0.1) for i in range(6)]
+    estimates += [Estimate(i, "v", 9 - i, 0.1) for i in range(6)]
+    found = shrink(estimates, own=False)
+    assert found.common == 0
+    assert "nothing in common" in found.uniform
+    assert max(found.scores.values()) - min(found.scores.values()) < 1e-12
+    assert shrink(estimates).uniform is None
 
 
 def test_without_signal_the_model_is_uniform_and_says_why():

@@ -46,6 +46,16 @@ def test_smollm2_is_shared_out_by_shrunk_scores():
     assert max(plain.experts) - min(plain.experts) > max(result.experts) - min(result.experts)
 
 
+def test_common_is_a_strategy_of_its_own():
+    metrics = loads(Metrics, DATA.read_text(), DATA.name)
+    result = allocate(metrics, T=160, strategy="common")
+    estimates = [Estimate(m.layer, m.role, m.pl_alpha_hill, m.alpha_se) for m in metrics.matrices]
+    scores = shrink(estimates, own=False).scores
+    assert [row.score for row in result.evidence] == pytest.approx(list(scores.values()))
+    assert result.strategy.name == "common"
+    assert max(result.experts) == 8
+
+
 def test_each_linear_gets_its_own_shrunk_alpha():
     metrics = loads(Metrics, DATA.read_text(), DATA.name)
     result = allocate(metrics, T=160, strategy="shrunk", per_module=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import environment, llama, write_shards
 
-from htsr_alloc.analysis.distributed import Ranks
+from htsr_alloc.analysis.distributed import Processes
 
 
 def analyze(folder: Path, ranks: int, *arguments: str, start_only: bool = False):
@@ -107,11 +107,11 @@ def test_a_killed_rank_loses_nothing_that_another_run_does_not_take_up(alone):
 
 def test_shares_are_disjoint_complete_and_even():
     costs = [float(i % 7 + 1) ** 3 for i in range(50)]
-    shares = [Ranks(r, 4).take(range(50), lambda i: costs[i]) for r in range(4)]
+    shares = [Processes(r, 4).take(range(50), lambda i: costs[i]) for r in range(4)]
     assert sorted(i for share in shares for i in share) == list(range(50))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs)
-    assert Ranks().take(range(3), float) == [0, 1, 2]
+    assert Processes().take(range(3), float) == [0, 1, 2]
 
 
 ALONE = """

@@ -365,9 +365,7 @@ def test_a_pickle_named_safetensors_is_never_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "label"), [("m.gguf", "GGUF"), ("tf_model.h5", "Keras"), ("model.onnx", "ONNX")]
-)
+@pytest.mark.parametrize(("name", "label"), [("tf_model.h5", "Keras"), ("model.onnx", "ONNX")])
 def test_other_formats_are_named(tmp_path, name, label):
     (tmp_path / name).write_bytes(b"GGUF")
     assert f"holds {label} weights and no safetensors" in refusal(tmp_path)
@@ -558,6 +556,20 @@ def test_a_file_that_changes_between_listing_and_reading(tmp_path, change):
     if path.exists():
         os.utime(path, ns=(1, 1))
     with pytest.raises(HtsrError, match=r"model\.safetensors"):
+        checkpoint.read(checkpoint.tensors[0])
+
+
+def test_a_file_that_is_replaced_by_one_of_equal_size_and_time(tmp_path):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    save_file({"a.weight": randn(4, 4)}, path)
+    save_file({"a.weight": randn(4, 4, seed=9)}, other)
+    status = path.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    checkpoint = open_checkpoint(path)
+    checkpoint.read(checkpoint.tensors[0])
+    other.replace(path)  # both were there, so that it has another inode
+    assert path.stat().st_size == status.st_size
+    with pytest.raises(HtsrError, match="changed while it was read"):
         checkpoint.read(checkpoint.tensors[0])
 
 

@@ -16,7 +16,6 @@ from helpers.hubs import (
     client,
     client_environment,
     facts,
-    model_files,
     sentence,
     serving,
 )
@@ -24,28 +23,20 @@ from helpers.hubs import (
 SPECTRA = "tiny.spectra.safetensors"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stream")
-    model_files(folder / "tiny")
-    with serving(folder) as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(server):
-    server.reset()
-    return server
+def hub(tiny_hub):
+    tiny_hub.reset()
+    return tiny_hub
 
 
 @pytest.fixture(scope="module")
-def local(server, tmp_path_factory):
+def local(tiny_hub, tmp_path_factory):
     """The folder with the files' own analysis."""
     from htsr_alloc import Settings, analyze, open_checkpoint
     from htsr_alloc.analysis.analyze import RunFiles
 
     folder = tmp_path_factory.mktemp("local")
-    analyze(open_checkpoint(server.folder), Settings("official"), RunFiles(folder / "tiny.json"))
+    analyze(open_checkpoint(tiny_hub.folder), Settings("official"), RunFiles(folder / "tiny.json"))
     return folder
 
 

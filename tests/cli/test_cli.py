@@ -20,7 +20,8 @@ from htsr_alloc.version import __version__
 
 COMMANDS = [
     *("inspect", "analyze", "fit", "allocate", "plot", "report"),
-    *("compare", "export", "build", "train", "evaluate", "generate", "collapse", "study"),
+    *("compare", "export", "build", "train", "evaluate", "generate"),
+    *("serve", "collapse", "study"),
 ]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
@@ -419,6 +420,29 @@ def test_a_full_disk_behind_stdout_is_an_error(here, tmp_path, options):
     assert done.returncode == 1
     assert "error: Cannot write stdout: No space left on device." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("options", ["", "--json", "-o -"])
+def test_a_closed_stdout_is_an_error(here, tmp_path, options):
+    command = f"exec {sys.executable} -m htsr_alloc allocate --T 8 {options} >&-"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: Cannot write stdout: Bad file descriptor." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_streams_lose_nothing_else(here, tmp_path):
+    command = f"exec {sys.executable} -m htsr_alloc allocate --T 8 -o a.json <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == 1  # the table could not be shown
+    assert loads(Allocation, (tmp_path / "a.json").read_text(), "a.json").budget == 8
 
 
 def test_a_narrow_encoding_is_no_error(here, run):

@@ -10,17 +10,9 @@ from pathlib import Path
 
 import pytest
 from helpers.hub_server import SIGNATURE
-from helpers.hubs import CANARY, client, client_environment, model_files, serving
+from helpers.hubs import CANARY, client, client_environment
 
 from htsr_alloc.cli.secrets import HIDDEN, redacted
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("secrets")
-    model_files(folder / "tiny")
-    with serving(folder) as hub:
-        yield hub
 
 
 def nowhere(folder, *texts):
@@ -43,25 +35,27 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_with_its_traceback_shows_no_token(hub, tmp_path, name):
-    hub.reset(FAILURES[name])
+def test_a_failure_with_its_traceback_shows_no_token(tiny_hub, tmp_path, name):
+    tiny_hub.reset(FAILURES[name])
     given = {"HF_TOKEN": CANARY} if "busy" in name else {}
     args = [] if given else ["--token", CANARY]
     way = ["--stream"] if "refuses" in name else []
     arguments = ["analyze", "org/tiny", *way, *args]
-    done = client(hub.url, tmp_path, *arguments, HTSR_DEBUG="1", **given)
+    done = client(tiny_hub.url, tmp_path, *arguments, HTSR_DEBUG="1", **given)
     assert done.rc == 1
     assert "Traceback" in done.stderr  # as HTSR_DEBUG=1 asks for
-    assert hub.requests[0]["authorization"] == f"Bearer {CANARY}"
+    assert tiny_hub.requests[0]["authorization"] == f"Bearer {CANARY}"
     nowhere(tmp_path, done.stdout, done.stderr)
 
 
-def test_the_journal_and_the_threads_of_a_killed_run_show_no_token(hub, tmp_path):
-    hub.reset({"path": "/cdn/", "do": "slow", "chunk": 2000, "wait": 0.05, "skip": 9, "times": 99})
+def test_the_journal_and_the_threads_of_a_killed_run_show_no_token(tiny_hub, tmp_path):
+    tiny_hub.reset(
+        {"path": "/cdn/", "do": "slow", "chunk": 2000, "wait": 0.05, "skip": 9, "times": 99}
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "htsr_alloc", "analyze", "org/tiny", "--stream", "--token", CANARY],
         cwd=tmp_path,
-        env=client_environment(hub.url, tmp_path),
+        env=client_environment(tiny_hub.url, tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",

@@ -176,7 +176,7 @@ class Analyze(Chain):
         return differing(self.out, self.whole) == 0 and not list(self.out.glob("*.journal*"))
 
 
-class TwoRanks(Analyze):
+class TwoProcesses(Analyze):
     """The same by two processes, of which one or both are killed."""
 
     ranks = 2
@@ -295,7 +295,7 @@ def facts(cell: dict[str, Any]) -> dict[str, Any]:
 CHAINS: dict[str, tuple[Callable[[Path], Chain], tuple[str, ...]]] = {
     "analyze": (Analyze, PRELOADED),
     "fit": (Fit, PRELOADED),
-    "two ranks": (TwoRanks, PRELOADED),
+    "two ranks": (TwoProcesses, PRELOADED),
     "train": (Train, PRELOADED + TRAINING),
     "study": (Study, PRELOADED + TRAINING),
 }

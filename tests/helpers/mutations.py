@@ -60,9 +60,11 @@ def tried(mutation: Mutation, tree: Path) -> str:
 
 
 def main() -> int:
+    from helpers.mutations_parts import PARTS
     from helpers.mutations_table import TABLE
 
-    chosen = [m for m in TABLE if not sys.argv[1:] or any(w in m.guard for w in sys.argv[1:])]
+    words = sys.argv[1:] or [""]
+    chosen = [m for m in (*TABLE, *PARTS) if any(word in m.guard for word in words)]
     found = []
     with tempfile.TemporaryDirectory() as place:
         tree = Path(place) / "tree"

@@ -24,7 +24,7 @@ from htsr_alloc.records import (
     Parameters,
     Settings,
     Skipped,
-    Strategy,
+    StrategyRecord,
     Tool,
 )
 
@@ -79,7 +79,7 @@ ALLOCATION = Allocation(
     tool=TOOL,
     model=MODEL,
     metrics=File("tiny.metrics.json", "ef" * 32),
-    strategy=Strategy("alphalora", "pl_alpha_hill", "official", 2.5, "remainder", 1, None),
+    strategy=StrategyRecord("alphalora", "pl_alpha_hill", "official", 2.5, "remainder", 1, None),
     evidence=tuple(
         Evidence(i, f"model.layers.{i}", 3.25, 2.5, experts) for i, experts in enumerate((2, 3))
     ),

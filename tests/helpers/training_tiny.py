@@ -40,6 +40,21 @@ def folder(path: Path, **config) -> Path:
     return path
 
 
+QUICK = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--lora-r", "2"]
+
+
+def work(path: Path) -> Path:
+    """A folder with model/, train.jsonl, test.jsonl and a.json."""
+    from htsr_alloc.allocation import allocate
+    from htsr_alloc.records import dumps
+
+    folder(path / "model")
+    write(path / "train.jsonl", learnable_rows(64))
+    write(path / "test.jsonl", learnable_rows(40, seed=1))
+    (path / "a.json").write_text(dumps(allocate(None, strategy="explicit", experts=(3, 2))))
+    return path
+
+
 def write(path: Path, rows) -> Path:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

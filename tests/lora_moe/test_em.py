@@ -60,8 +60,9 @@ def test_poolers(how):
 def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
     """Every linear of a block is W₀x + g_j · expert(x), one j a prompt, g_j = p_j.
 
-    The values, and the gradients of a random projection of them; the formula is in float64.
-    The activation's gradients are sums that cancel: twice the tolerance.
+    The values, and the gradients of four random projections of them; the formula is in float64.
+    A projection's gradient may cancel to a tenth of its usual size, and its rounding does not:
+    errors are compared with the largest of the four.
     """
     model = em(em_pooler=how, em_dora=dora, model=tiny.llama(dtype=dtype))
     block, seen = model.get_base_model().model.layers[0], {}
@@ -113,23 +114,23 @@ def test_a_layer_is_its_formula(how, dora, dtype, tolerance):
     for got, want in zip(ours, theirs, strict=True):
         assert (got - want).abs().max() <= tolerance * max(1, want.abs().max())
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in ours]
-    grads = [
-        torch.autograd.grad(
-            sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)),
-            trained,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for outputs in (ours, theirs)
-    ]
+    sides = ([], [])  # a side: projections of lists of gradients
+    for _ in range(4):
+        weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in ours]
+        for outputs, side in zip((ours, theirs), sides, strict=True):
+            total = sum((w * o).sum() for w, o in zip(weights, outputs, strict=True))
+            grads = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+            side.append(
+                [
+                    torch.zeros_like(p) if g is None else g
+                    for p, g in zip(trained, grads, strict=True)
+                ]
+            )
     routed = [i for i, p in enumerate(trained) if p is own["lora_moe_router"]]
-    assert grads[0][routed[0]].abs().max() > 0
-    for got, want in zip(*grads, strict=True):
-        if want is None:
-            want = torch.zeros(())
-        got = torch.zeros(()) if got is None else got
-        assert (got - want).abs().max() <= 5 * tolerance * max(1, want.abs().max())
+    got, want = ([torch.stack(grads) for grads in zip(*side, strict=True)] for side in sides)
+    assert got[routed[0]].abs().max() > 0
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
 
 
 @pytest.mark.parametrize("how", POOLERS)

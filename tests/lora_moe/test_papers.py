@@ -12,6 +12,8 @@ from helpers import papers
 
 pytest.importorskip("peft", reason="needs the extra [train]")
 
+from peft import PeftModel
+
 from htsr_alloc import fit
 from htsr_alloc.allocation import quotas, repair_official
 from htsr_alloc.lora_moe import router_aux_loss
@@ -88,10 +90,10 @@ def mor(x, layer):
     return papers.mor(x, weight(layer), *parts, ALPHA)
 
 
-def goat(x, layer, plus=False):
+def goat(x, layer, plus=False, segment="O", s=None):
     w = weight(layer)
-    s = papers.goat_scale(w.shape[1], R)
-    firsts = papers.goat_first("O", min(w.shape), R, N)
+    s = s or papers.goat_scale(w.shape[1], R)
+    firsts = papers.goat_first(segment, min(w.shape), R, N)
     start = papers.goat_start(w, firsts, R, s, rho=10)
     scales = papers.goat_plus_scales(s, [sigma for *_, sigma in start]) if plus else [s] * N
     residual = papers.goat_residual([(a, b) for a, b, _ in start], scales)
@@ -114,6 +116,76 @@ def test_forward_of_every_linear(forward):
         want = forward(x, layer)
         assert (got - x @ weight(layer).T).norm() > 1e-2 * got.norm(), "the adapter does nothing"
         close(got, want, scale=float(want.abs().max()))
+
+
+def goat_zero(x, layer):
+    """Table 5, last row: "original zero initialization", W_res = 0; MoE scaling stays."""
+    s = papers.goat_scale(x.shape[1], R)
+    gates, _, _ = papers.goat_gates(x, own(layer, "router"), K)
+    return papers.mixture(x, weight(layer), gates, experts(layer), [s] * N)
+
+
+def goat_single(x, layer):
+    """Table 5, "Without MoE": all segments in one LoRA, every weight 1 and so W_res = s Σ B A."""
+    w = weight(layer)
+    s = papers.goat_scale(w.shape[1], R)
+    start = papers.goat_start(w, papers.goat_first("O", min(w.shape), R, N), R, s, rho=10)
+    residual = N * papers.goat_residual([(a, b) for a, b, _ in start], [s] * N)
+    return papers.mixture(x, w - residual, torch.ones(len(x), N).double(), experts(layer), [s] * N)
+
+
+def mor_mean(x, layer):
+    """Table 4, Mean Pooling: each expert weighs 1/N; nothing is learnt."""
+    parts = [own(layer, name) for name in ("A", "B", "lambda_A", "lambda_B")]
+    return papers.mor(x, weight(layer), torch.zeros(N, x.shape[1]).double(), *parts, ALPHA)
+
+
+VARIANTS = {
+    "P": ("goat", {"goat_segment": "P"}, lambda x, m: goat(x, m, segment="P")),
+    "M": ("goat", {"goat_segment": "M"}, lambda x, m: goat(x, m, segment="M")),
+    "without MS": ("goat", {"goat_scale": "alpha"}, lambda x, m: goat(x, m, s=ALPHA / R)),
+    "zero": ("goat", {"goat_segment": "zero"}, goat_zero),
+    "single": ("goat", {"goat_mixture": False}, goat_single),
+    "mean": ("mor", {"mor_router": "mean"}, mor_mean),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_tables(name, tmp_path):
+    """GOAT's table 5 and MoR's table 4; saved and loaded they answer the same."""
+    system, setting, forward = VARIANTS[name]
+    if system == "goat" and not setting.get("goat_mixture", True):
+        setting = {**setting, "top_k": None}
+    model = made(system, **setting).eval()
+    with torch.no_grad():
+        out, seen = watched(model, tiny.tokens())
+    for path, layer in adapted_layers(model).items():
+        x, got = seen[path]
+        want = forward(x, layer)
+        assert (got - x @ weight(layer).T).norm() > 1e-2 * got.norm(), "the adapter does nothing"
+        close(got, want, scale=float(want.abs().max()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.llama(layers=2, dtype=torch.float64), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(tiny.tokens()).logits, out.logits)
+
+
+def test_a_variant_that_starts_as_the_base():
+    """Without MoE the start is W₀ exactly; with a mixture only in expectation (theorem 3.4)."""
+    base = tiny.llama(dtype=torch.float64)(tiny.tokens()).logits
+    single = made("goat", trained=False, goat_mixture=False, top_k=None).eval()
+    with torch.no_grad():
+        close(single(tiny.tokens()).logits, base)
+        mixed = made("goat", trained=False).eval()(tiny.tokens()).logits
+    assert (mixed - base).abs().max() > 1e-3
+
+
+def test_start_of_goat_without_segments():
+    """Theorem 3.5: A uniform on ±√(6 / d_in), of variance 2 / d_in, and B = 0."""
+    for layer in adapted_layers(made("goat", trained=False, goat_segment="zero")).values():
+        a, bound = own(layer, "A"), (6 / weight(layer).shape[1]) ** 0.5
+        assert 0.9 * bound < a.abs().max() <= bound
+        assert not own(layer, "B").any()
 
 
 @pytest.mark.parametrize("system", ["alphalora", "hydra", "adamole", "mor", "em_lora"])

@@ -16,7 +16,7 @@ from htsr_alloc import HtsrError, style
 from htsr_alloc.allocation import mola_counts
 from htsr_alloc.records import Allocation, Metrics, dumps, loads
 from htsr_alloc.records.results import open_spectra
-from htsr_alloc.reports import plots
+from htsr_alloc.reports import plots, report
 from htsr_alloc.reports.plots.esd import choose
 from htsr_alloc.reports.plots.layers import marked
 
@@ -248,8 +248,8 @@ def test_labels_neither_overlap_nor_leave_the_picture(layers):
     figure.draw_without_rendering()
     renderer = figure._get_renderer()
     width, height = figure.get_size_inches() * figure.dpi
-    assert len(figure.axes) == 3
-    for axes in [*figure.axes, *figure.axes[1].child_axes]:
+    assert len(figure.axes) == 4
+    for axes in [*figure.axes, *figure.axes[2].child_axes]:
         low, high = axes.get_xlim()
         shown = [t for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
         assert len(shown) >= min(layers, 2) or axes not in figure.axes  # the colour bar has none
@@ -273,6 +273,75 @@ def test_labels_neither_overlap_nor_leave_the_picture(layers):
     bars = figure.axes[-1].texts
     assert not overlapping(bars, renderer)
     assert bool(bars) == (layers <= 40)
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2"])
+def test_errors_of_each_role_have_their_own_panels(name):
+    metrics = read(f"{name}.metrics.json")
+    figure = plots.plot(metrics, view="errors")
+    figure.draw_without_rendering()
+    renderer = figure._get_renderer()
+    roles = list(dict.fromkeys(m.role for m in metrics.matrices))
+    assert len(figure.axes) == 2 * len(roles)
+    for role, left, right in zip(roles, figure.axes[::2], figure.axes[1::2], strict=True):
+        own = [m for m in metrics.matrices if m.role == role]
+        points = left.collections[-1].get_offsets()
+        np.testing.assert_allclose(points, [(m.layer, m.pl_alpha_hill) for m in own])
+        hollow = [tuple(c[:3]) == (1, 1, 1) for c in left.collections[-1].get_facecolors()]
+        assert hollow == [m.start_jumps for m in own]
+        hill, whole = (c.get_segments() for c in left.collections[:2])
+        for bars, error in ((hill, "alpha_hill_se"), (whole, "alpha_se")):
+            half = [(bar[1][1] - bar[0][1]) / 2 for bar in bars]
+            np.testing.assert_allclose(half, [getattr(m, error) for m in own])
+        ranges = [c.get_segments()[0][:, 1].tolist() for c in right.collections]
+        assert ranges == [[m.k_low, m.k_high] for m in own]
+        assert [line.get_ydata()[0] for line in right.lines[:-1]] == [m.k for m in own]
+    for axes in figure.axes:
+        bottom, top = sorted(axes.get_ylim())
+        shown = [t for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top]
+        assert len(shown) >= 2
+        assert not overlapping([*shown, axes.yaxis.label, axes.title], renderer)
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_errors_need_errors():
+    metrics = made_metrics(deep_table(3))
+    with pytest.raises(HtsrError, match="no standard errors"):
+        plots.plot(metrics, view="errors")
+    with pytest.raises(HtsrError, match="about pl_alpha_hill"):
+        plots.plot(read("minilm.metrics.json"), view="errors", metric="stable_rank")
+
+
+def test_tails_are_the_numbers_of_eigenvalues():
+    metrics = read("smollm2.metrics.json")
+    (axes,) = plots.plot(metrics, view="tails").axes
+    found = lines(axes)
+    for role in {m.role for m in metrics.matrices}:
+        own = [m.k for m in metrics.matrices if m.role == role]
+        np.testing.assert_array_equal(found[role].get_ydata(), own)
+    assert set(found["short: k < 50"].get_ydata()) == {50}
+    assert axes.get_yscale() == "log"
+
+
+def test_ranks_are_called_ranks(tmp_path, invoke):
+    shutil.copy(DATA / "minilm.metrics.json", tmp_path)
+    arguments = ["--for", "lora", "--rank", 16, "-o", "lora.json"]
+    assert invoke("allocate", "minilm.metrics.json", *arguments).rc == 0
+    (axes,) = plots.plot(tmp_path / "lora.json").axes
+    assert axes.get_ylabel() == "ranks"
+    assert axes.get_title(loc="left") == "lora: the parameters of rank 16, β = 2.5"
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["uniform", "alphalora"]
+    page = report(tmp_path / "minilm.metrics.json", tmp_path / "lora.json")
+    assert "<th>ranks, lora.json</th>" in page
+    assert "Ranks of each layer in lora.json" in page
+    table = invoke("compare", "lora.json", "lora.json").stdout
+    assert "ranks moved" in table
+    assert "experts" not in page.split("<style>")[0] + table
+    shutil.copy(DATA / "minilm.allocation.json", tmp_path)
+    mixed = invoke("compare", "lora.json", "minilm.allocation.json")
+    assert mixed.rc == 1
+    assert "One allocation is of ranks, the other of experts." in mixed.stderr
 
 
 def test_lines_differ_without_colour():

@@ -147,7 +147,7 @@ def test_a_real_models_report(name):
     allocation = loads(Allocation, allocation_file.read_bytes(), name)
     made = report(source, allocation_file)
     page = Page(made)
-    assert len(check_harmless(page)) == 4
+    assert len(check_harmless(page)) == 5
     cells = page.said("td")
     for layer in metrics.layers:
         assert f"{layer.pl_alpha_hill:.3f}" in cells

@@ -18,29 +18,19 @@ from helpers import moe_tiny as tiny
 from helpers import training_tiny
 from safetensors.torch import load_file
 
-from htsr_alloc.allocation import allocate
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import dumps
 from htsr_alloc.training import models
 from htsr_alloc.training.baselines import whole_ranks
 from htsr_alloc.training.recipe import Recipe, total_steps
 
-QUICK = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--lora-r", "2"]
-
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder with model/, train.jsonl, test.jsonl and a.json."""
-    training_tiny.folder(tmp_path / "model")
-    training_tiny.write(tmp_path / "train.jsonl", training_tiny.learnable_rows(64))
-    training_tiny.write(tmp_path / "test.jsonl", training_tiny.learnable_rows(40, seed=1))
-    made = allocate(None, strategy="explicit", experts=(3, 2))
-    (tmp_path / "a.json").write_text(dumps(made))
-    return tmp_path
+    return training_tiny.work(tmp_path)
 
 
 def arguments(output, *more):
-    given = ["--model", "model", "--data", "train.jsonl", "-o", output, *QUICK]
+    given = ["--model", "model", "--data", "train.jsonl", "-o", output, *training_tiny.QUICK]
     return ["train", "a.json", *given, "--learning-rate", "2e-2", *map(str, more)]
 
 

@@ -18,29 +18,20 @@ pytest.importorskip("accelerate", reason="needs the extra [train]")
 from helpers import training_tiny
 from safetensors.torch import load_file, save_file
 
-from htsr_alloc.allocation import allocate
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import dumps
 from htsr_alloc.training import saves
 from htsr_alloc.training.identity import check_base, weights_of
 from htsr_alloc.training.rows import read_rows
 from htsr_alloc.training.study.store import Store
 
-QUICK = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--lora-r", "2"]
-
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder with model/, train.jsonl and a.json."""
-    training_tiny.folder(tmp_path / "model")
-    training_tiny.write(tmp_path / "train.jsonl", training_tiny.learnable_rows(64))
-    made = allocate(None, strategy="explicit", experts=(3, 2))
-    (tmp_path / "a.json").write_text(dumps(made))
-    return tmp_path
+    return training_tiny.work(tmp_path)
 
 
 def train(output, *more):
-    given = ["--model", "model", "--data", "train.jsonl", "-o", output, *QUICK]
+    given = ["--model", "model", "--data", "train.jsonl", "-o", output, *training_tiny.QUICK]
     return ["train", "a.json", *given, *map(str, more)]
 
 

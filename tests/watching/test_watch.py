@@ -13,6 +13,7 @@ from helpers import moe_tiny as tiny
 from helpers.commands import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.spectra.estimators import fit
@@ -116,6 +117,18 @@ def test_lora(rslora):
     assert {row.adapter for row in rows} == {None, "default"}
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert [row.kind for row in watch(model)] == ["ba"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_flat_spectrum_has_no_alpha(dtype):
+    """As ``analyze`` has it: its alpha would be anything up to 1/eps."""
+    model = nn.ModuleDict({"0": nn.Linear(64, 96, bias=False), "1": nn.Linear(64, 96, bias=False)})
+    nn.init.orthogonal_(model.double()["0"].weight)
+    flat, other = watch(model.to(dtype))
+    assert (flat.status, flat.pl_alpha_hill, flat.alpha_hat) == ("failed", None, None)
+    assert "equal within the rounding" in flat.reason
+    assert flat.stable_rank == pytest.approx(64, rel=0.1)
+    assert other.pl_alpha_hill is not None
 
 
 def test_conv1d():

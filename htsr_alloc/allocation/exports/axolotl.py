@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from htsr_alloc.allocation.exports.modules import Modules
+from htsr_alloc.allocation.exports.modules import Modules, named_layers
 from htsr_alloc.allocation.exports.peft_rank import to_peft_rank
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
@@ -57,13 +57,8 @@ def _by_layers(allocation: Allocation, lora: Lora, present: list[int]) -> dict[s
         config["lora_r"] = lora.rank(allocation, present[0])
         config["lora_alpha"] = lora.alpha(allocation, present[0])
         return config
-    layers = {row.prefix: row.experts for row in allocation.evidence if row.experts}
-    if not layers or None in layers:
-        raise HtsrError(
-            "The allocation does not say which modules its layers are.",
-            "Allocate from a metrics file, which knows the prefixes.",
-        )
-    keys = {rf"{re.escape(str(prefix))}\..*": n for prefix, n in layers.items()}
+    layers = named_layers(allocation)
+    keys = {rf"{re.escape(prefix)}\..*": n for prefix, n in layers.items() if n}
     config |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
     config["lora_rank_pattern"] = {key: lora.rank(allocation, n) for key, n in keys.items()}
     config["lora_alpha_pattern"] = {key: lora.alpha(allocation, n) for key, n in keys.items()}

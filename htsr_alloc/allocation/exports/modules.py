@@ -19,6 +19,21 @@ def refuse_ranks(what: str, allocation: Allocation) -> None:
         )
 
 
+def named_layers(allocation: Allocation) -> dict[str, int]:
+    """Prefix -> experts.
+
+    Raises:
+        HtsrError: the allocation does not say the prefixes.
+    """
+    layers = {row.prefix: row.experts for row in allocation.evidence}
+    if not layers or None in layers:
+        raise HtsrError(
+            "The allocation does not say which modules its layers are.",
+            "Allocate from a metrics file, which knows the prefixes.",
+        )
+    return {str(prefix): experts for prefix, experts in layers.items()}
+
+
 def refuse_modules(export: str, modules: Modules | None) -> None:
     """Raise HtsrError where a model is given to an export that does not name modules."""
     if modules is not None:

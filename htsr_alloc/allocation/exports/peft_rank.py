@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from htsr_alloc.allocation.exports.modules import Modules
+from htsr_alloc.allocation.exports.modules import Modules, named_layers
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
 from htsr_alloc.records.lora import Lora
@@ -35,18 +35,13 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
             modules, modules of a prefix that is not in the allocation, or a pattern that does not
             match exactly one module.
     """
-    layers = [(row.prefix, row.experts) for row in allocation.evidence]
-    if not layers or any(prefix is None for prefix, _ in layers):
-        raise HtsrError(
-            "The allocation does not say which modules its layers are.",
-            "Allocate from a metrics file, which knows the prefixes.",
-        )
+    layers = named_layers(allocation)
     if modules is None and not lora.target_modules and not allocation.modules:
         raise HtsrError(
             "PEFT must be told which modules to adapt.",
             "Give `model`, or their names as `target_modules`: q_proj, v_proj, ...",
         )
-    unknown = sorted(set(modules or ()) - {prefix for prefix, _ in layers if prefix})
+    unknown = sorted(set(modules or ()) - layers.keys())
     if unknown:
         raise HtsrError(
             f"The model has {unknown[0]}, which is not in the allocation.",
@@ -74,15 +69,10 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
     return json.dumps(config, indent=1) + "\n"
 
 
-def _layer_ranks(
-    layers: Sequence[tuple[str | None, int]],
-    lora: Lora,
-    modules: Modules | None,
-) -> dict[str, int]:
+def _layer_ranks(layers: Mapping[str, int], lora: Lora, modules: Modules | None) -> dict[str, int]:
     """Pattern -> experts, of every layer's linears (or, without their names, its targets)."""
     ranks: dict[str, int] = {}
-    for prefix, experts in layers:
-        assert prefix is not None
+    for prefix, experts in layers.items():
         if not experts:
             continue
         if modules is None:

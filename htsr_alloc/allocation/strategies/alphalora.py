@@ -48,3 +48,6 @@ class AlphaLora(Strategy):
         quotas, counts = sharing.by(self.name, weights, scores, beta)
         record = sharing.record(self.name, beta=beta, spread=self.spread, pool=sharing.pool)
         return Plan(record, quotas, counts)
+
+
+STRATEGY = AlphaLora

@@ -10,15 +10,14 @@ from typing import ClassVar
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.sharing import Sharing
-from htsr_alloc.records import Metrics, Signal
-from htsr_alloc.records import Strategy as Record
+from htsr_alloc.records import Metrics, Signal, StrategyRecord
 
 
 @dataclass(frozen=True)
 class Plan:
     """One quota and count a unit; ``reason`` says why there are no scores or quotas, if so."""
 
-    record: Record
+    record: StrategyRecord
     quotas: Sequence[float | None]
     counts: Sequence[int]
     reason: str | None = None

@@ -10,7 +10,7 @@ from htsr_alloc.allocation.rounding import Bounds
 from htsr_alloc.allocation.sharing import Sharing
 from htsr_alloc.allocation.strategies.base import Plan, Strategy
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Strategy as Record
+from htsr_alloc.records import StrategyRecord
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ class Explicit(Strategy):
             raise HtsrError(f"`experts` sums to {total}, not to `T` {sharing.budget.total}.")
         if sharing.bounds != Bounds():
             raise HtsrError("`experts` are given, so that `low` and `high` mean nothing.")
-        return Plan(Record(self.name), [None] * layers, self.experts, "the counts were given")
+        return Plan(
+            StrategyRecord(self.name), [None] * layers, self.experts, "the counts were given"
+        )
+
+
+STRATEGY = Explicit
 
 
 def parse_counts(text: str) -> tuple[int, ...]:

@@ -40,6 +40,9 @@ class Mola(Strategy):
         return Plan(replace(record, repair=None), quotas, counts, "mola uses no score")
 
 
+STRATEGY = Mola
+
+
 def mola_counts(groups: Sequence[int], layers: int) -> list[int]:
     """MoLA: each group of consecutive layers has one count of experts.
 

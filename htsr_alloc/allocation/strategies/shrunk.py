@@ -19,6 +19,7 @@ class Shrunk(AlphaLora):
 
     name: ClassVar[str] = "shrunk"
     uses_errors: ClassVar[bool] = True
+    own: ClassVar[bool] = True
 
     def prepared(
         self, metrics: Metrics | None, scores: Metric | Scores | None
@@ -29,7 +30,9 @@ class Shrunk(AlphaLora):
             HtsrError: scores other than PL_Alpha_Hill, or alphas without errors.
         """
         if metrics is None or scores != Metric():
-            raise HtsrError("The shrunk strategy needs `metric` pl_alpha_hill of a metrics file.")
+            raise HtsrError(
+                f"The {self.name} strategy needs `metric` pl_alpha_hill of a metrics file."
+            )
         fitted = [m for m in metrics.matrices if m.pl_alpha_hill is not None]
         if metrics.settings.farms:
             raise HtsrError(
@@ -46,7 +49,7 @@ class Shrunk(AlphaLora):
                 f"{len(fitted) - len(estimates)} of {len(fitted)} alphas have no standard error.",
                 f"htsr fit with `estimator` {metrics.settings.estimator} adds them.",
             )
-        found = shrink(estimates)
+        found = shrink(estimates, self.own)
         alphas = dict(zip((m.tensor for m in fitted), found.alphas, strict=True))
         matrices = tuple(replace(m, pl_alpha_hill=alphas.get(m.tensor)) for m in metrics.matrices)
         layers = tuple(replace(x, pl_alpha_hill=found.scores.get(x.layer)) for x in metrics.layers)
@@ -56,3 +59,6 @@ class Shrunk(AlphaLora):
         )
         signal = Signal(roles, found.common, found.p, found.uniform)
         return replace(metrics, matrices=matrices, layers=layers), signal
+
+
+STRATEGY = Shrunk

@@ -19,3 +19,6 @@ class Uniform(Strategy):
         """Equal weights."""
         quotas, counts = sharing.by(self.name, [1.0] * len(sharing.units))
         return Plan(sharing.record(self.name), quotas, counts, "uniform uses no score")
+
+
+STRATEGY = Uniform

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from htsr_alloc.lora_moe import gates, init
+from htsr_alloc.lora_moe.gated import GatedLora
 from htsr_alloc.lora_moe.systems.base import BALANCE, Shape, System
 
 
@@ -37,6 +39,14 @@ class AdaMole(System):
         """Experts above the threshold."""
         tau, bias = layer.lora_moe_tau[adapter], layer.lora_moe_tau_bias[adapter]
         return gates.threshold(logits, gates.router_logits(x, tau, bias))
+
+    def gated(self, layer: Any, adapter: str) -> GatedLora:
+        """With the threshold's tensors, where there is a choice."""
+        made = super().gated(layer, adapter)
+        if made.router is None:
+            return made
+        tau, bias = layer.lora_moe_tau[adapter], layer.lora_moe_tau_bias[adapter]
+        return replace(made, gate="threshold", threshold=(tau.detach(), bias.detach()))
 
 
 SYSTEM = AdaMole()

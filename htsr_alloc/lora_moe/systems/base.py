@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import experts, gates, init
+from htsr_alloc.lora_moe.gated import GatedLora
 
 Shape = tuple[int, ...]
 BALANCE = ("router_aux_loss_coef", "router_aux_loss_reduction")
@@ -200,6 +201,38 @@ class System:
         every_a = a.chunk(how.experts) if len(a) == b.shape[1] else [a] * how.experts
         for j, (own_a, own_b) in enumerate(zip(every_a, b.chunk(how.experts, 1), strict=True)):
             yield Product(j, own_a, own_b, how.scale)
+
+    def serves(self) -> None:
+        """Refuse a system whose gates are not a function of each token alone.
+
+        Raises:
+            HtsrError: with what can be done instead.
+        """
+
+    def gated(self, layer: Any, adapter: str) -> GatedLora:
+        """Its tensors on one linear as one LoRA with gated ranks.
+
+        Raises:
+            HtsrError: as ``serves``.
+        """
+        self.serves()
+        how, made = layer.mixture[adapter], list(self.products(layer, adapter))
+        router, scale = None, how.scale
+        if adapter in layer.lora_moe_router:
+            router = layer.lora_moe_router[adapter].detach()
+        else:
+            scale = scale * self.share(how.config, how.experts)
+        ranks = torch.tensor([len(product.a) for product in made])
+        return GatedLora(
+            a=torch.cat([product.a for product in made]),
+            b=torch.cat([product.b * (product.scale / how.scale) for product in made], 1),
+            expert_of_rank=torch.arange(len(made)).repeat_interleave(ranks),
+            router=router,
+            gate="top_k",
+            k=how.top_k,
+            scale=scale,
+            residual=made[0].residual,
+        )
 
 
 def choose(config: Any, name: str, allowed: Sequence[Any]) -> None:

@@ -59,10 +59,12 @@ class Plot:
 
 
 PLOTS = {
-    "overview": Plot("layers, heatmap and allocation, as far as the files have them"),
+    "overview": Plot("layers, tails, heatmap and allocation, as far as the files have them"),
     "layers": Plot("the metric by layer: a line per role, or per model", metrics=(1, None)),
+    "tails": Plot("eigenvalues in each tail by layer: a line per role", metrics=(1, 1)),
+    "errors": Plot("each role's α with its standard error, and its tails", metrics=(1, 1)),
     "heatmap": Plot("role by layer", metrics=(1, 1)),
-    "allocation": Plot("experts against uniform and MoLA", allocations=1),
+    "allocation": Plot("experts or ranks against uniform and MoLA", allocations=1),
     "difference": Plot("what fine-tuning changed; the base is the first file", metrics=(2, 2)),
     "esd": Plot("spectra with their peaks and tails", metrics=(1, 1), chooses=True),
 }

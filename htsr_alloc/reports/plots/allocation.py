@@ -1,4 +1,4 @@
-"""An allocation as bars by layer, against uniform and MoLA of the same budget."""
+"""An allocation as bars by layer, against uniform and, of experts, MoLA at the same budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from htsr_alloc.allocation import mola_counts
+from htsr_alloc.allocation import Mola, Uniform, mola_counts
 from htsr_alloc.records import Allocation
 from htsr_alloc.reports.plots.inputs import Inputs
 from htsr_alloc.reports.plots.panels import (
@@ -51,24 +51,28 @@ def title(label: str, allocation: Allocation) -> str:
     """The file and what it decided."""
     strategy = allocation.strategy
     beta = f", β = {strategy.beta:g}" if strategy and strategy.beta is not None else ""
+    if allocation.holds_ranks and allocation.parameters is not None:
+        return f"{plain(label, 40)}: the parameters of rank {allocation.parameters.r}{beta}"
     return f"{plain(label, 40)}: T = {allocation.budget}{beta}"
 
 
 def baselines(allocation: Allocation) -> dict[str, list[float]]:
     """Name -> each layer's share of the allocation's budget, not yet rounded to whole experts; the
-    allocation's own strategy is left out."""
+    allocation's own strategy is left out. Ranks have one baseline: the uniform rank."""
     layers, budget = len(allocation.experts), allocation.budget
     own = allocation.strategy.name if allocation.strategy else None
+    if allocation.holds_ranks and allocation.parameters is not None:
+        return {"uniform": [float(allocation.parameters.r)] * layers} if own != "uniform" else {}
     shares: dict[str, list[int]] = {}
-    if own != "uniform":
-        shares["uniform"] = [1] * layers
-    if own != "mola" and layers >= len(MOLA):
+    if own != Uniform.name:
+        shares[Uniform.name] = [1] * layers
+    if own != Mola.name and layers >= len(MOLA):
         shares["MoLA-2468"] = mola_counts(MOLA, layers)
     return {name: [share / sum(each) * budget for share in each] for name, each in shares.items()}
 
 
 def draw_allocation(axes: Axes, allocation: Allocation) -> None:
-    """Bars of the experts of each layer; steps of the baselines."""
+    """Bars of the experts or ranks of each layer; steps of the baselines."""
     count = len(allocation.experts)
     name = plain(allocation.strategy.name, 28) if allocation.strategy else "allocation"
     bars = axes.bar(
@@ -82,7 +86,7 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     )
     edges = np.arange(count + 1) - 0.5
     looks: dict[str, dict[str, Any]] = {
-        "uniform": {"color": "black", "linestyle": "--"},
+        Uniform.name: {"color": "black", "linestyle": "--"},
         "MoLA-2468": {"color": COLOURS[1], "linestyle": "-"},
     }
     for label, shares in baselines(allocation).items():
@@ -92,7 +96,8 @@ def draw_allocation(axes: Axes, allocation: Allocation) -> None:
     if count <= MANY * room and digits <= DIGITS * room:
         for text in axes.bar_label(bars, fontsize=7, padding=1):  # legible on a baseline
             text.set(zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")])
-    axes.set_ylabel("experts of all linears" if allocation.modules else "experts")
+    mean = "mean of the linears' " if allocation.modules else ""
+    axes.set_ylabel(mean + allocation.counted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.1)
     number_layers(axes, count)

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics
@@ -180,6 +181,10 @@ def draw_esd(
         )
     axes.set_ylim(bottom=floor)
     axes.set_title(esd_title(matrix, small), fontsize=7 if small else 10)
+    if values[-1] < 30 * values[0]:  # less than two decades: no room for two powers of ten
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if small:
         axes.tick_params(labelsize=6)
         axes.minorticks_off()

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from htsr_alloc.records import Metrics
-from htsr_alloc.records.tables import layer_values, role_values
+from htsr_alloc.records import Matrix, Metrics
+from htsr_alloc.records.tables import layer_values, mean_error, role_values
 from htsr_alloc.reports.plots.inputs import Inputs
 from htsr_alloc.reports.plots.panels import (
     LABELS,
@@ -54,18 +54,7 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
     means = layer_values(metrics, metric)
     roles, table = role_values(metrics, metric)
     x = np.arange(len(means))
-    every = max(1, len(x) // MARKS)
-    for i, (role, values, style) in enumerate(zip(roles, table, line_styles(), strict=False)):
-        axes.plot(
-            x,
-            values,
-            label=plain(role, 28),
-            linewidth=0.9,
-            markersize=3.2,
-            markevery=marked(values, i % every, every),
-            alpha=0.9,
-            **style,
-        )
+    draw_roles(axes, roles, table)
     bold = {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 3}
     axes.plot(x, means, label="mean", zorder=3, **bold)
     if metric in ERRORS:
@@ -91,15 +80,29 @@ def draw_layers(axes: Axes, metrics: Metrics, metric: str) -> None:
     legend_beside(axes)
 
 
+def draw_roles(axes: Axes, roles: Sequence[str], table: np.ndarray) -> None:
+    """One thin line for each row of the (R, L) table; a gap where there is no value."""
+    x = np.arange(table.shape[1])
+    every = max(1, len(x) // MARKS)
+    for i, (role, values, style) in enumerate(zip(roles, table, line_styles(), strict=False)):
+        axes.plot(
+            x,
+            values,
+            label=plain(role, 28),
+            linewidth=0.9,
+            markersize=3.2,
+            markevery=marked(values, i % every, every),
+            alpha=0.9,
+            **style,
+        )
+
+
 def mean_errors(metrics: Metrics, error: str) -> np.ndarray:
     """(L,) standard errors of the layers' means; NaN where a fitted matrix has none."""
-    found = np.full(len(metrics.layers), np.nan)
-    for i in range(len(found)):
-        own = [m for m in metrics.matrices if m.layer == i and m.pl_alpha_hill is not None]
-        errors = [getattr(m, error) for m in own]
-        if errors and None not in errors:
-            found[i] = np.linalg.norm(errors) / len(errors)
-    return found
+    own: list[list[Matrix]] = [[] for _ in metrics.layers]
+    for matrix in metrics.matrices:
+        own[matrix.layer].append(matrix)
+    return np.array([mean_error(matrices, error) for matrices in own])
 
 
 def draw_models(axes: Axes, models: Sequence[tuple[str, Metrics]], metric: str) -> None:

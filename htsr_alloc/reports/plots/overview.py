@@ -1,11 +1,11 @@
-"""All that the files have: lines, heat map and allocations below each other."""
+"""All that the files have: lines, tails, heat map and allocations below each other."""
 
 from __future__ import annotations
 
 from matplotlib.figure import Figure
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.reports.plots import allocation, heatmap, layers
+from htsr_alloc.reports.plots import allocation, heatmap, layers, tails
 from htsr_alloc.reports.plots.inputs import Inputs
 from htsr_alloc.reports.plots.panels import Panel, metrics_title, stack
 
@@ -28,6 +28,7 @@ def figure(inputs: Inputs) -> Figure:
     _, metrics = inputs.metrics[0]
     panels: list[Panel] = [
         layers.panel(metrics, inputs.metric),
+        tails.panel(metrics),
         heatmap.panel(metrics, inputs.metric),
         *allocation.panels(inputs.allocations),
     ]

@@ -44,9 +44,9 @@ def metrics_title(metrics: Metrics) -> str:
     return f"{plain(metrics.model.name, 50)}, estimator {estimator}{farms}"
 
 
-def number_layers(axes: Axes, count: int) -> None:
-    """The x axis: whole layers, as many numbers as there is room for."""
-    width = axes.figure.bbox.width / axes.figure.dpi  # pyright: ignore[reportAttributeAccessIssue]
+def number_layers(axes: Axes, count: int, part: float = 1.0) -> None:
+    """The x axis: whole layers, as many numbers as there is room for on that part of the width."""
+    width = part * axes.figure.bbox.width / axes.figure.dpi  # pyright: ignore[reportAttributeAccessIssue]
     axes.set_xlim(-0.5, count - 0.5)
     nbins = round(min(20, 2.5 * width))
     axes.xaxis.set_major_locator(

@@ -150,5 +150,13 @@ class EmLora(System):
         for product in super().products(layer, adapter):
             yield replace(product, sums=not layer.mixture[adapter].config.em_dora)
 
+    def serves(self) -> None:
+        """Its gate is one choice a prompt, which no single token shows."""
+        raise HtsrError(
+            "EM-LoRA chooses by the whole prompt, and a server's layers see parts of prompts "
+            "without their owners.",
+            "Answer its prompts with htsr generate, or serve what htsr collapse makes of it.",
+        )
+
 
 SYSTEM = EmLora()

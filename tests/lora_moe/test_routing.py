@@ -17,7 +17,7 @@ from peft import PeftModel
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.collapse import collapse
 from htsr_alloc.lora_moe.model import layers_of
-from htsr_alloc.lora_moe.report import plot_routing, routing_report
+from htsr_alloc.lora_moe.routing import plot_routing, routing_report
 
 SYSTEMS = ["alphalora", "goat", "goat_plus", "mor", "hydra", "adamole", "em_lora"]
 

@@ -1,0 +1,146 @@
+"""GPTQ and AWQ: unsigned integers packed into words, a scale and a zero point a group of inputs.
+
+The layouts are those of AutoGPTQ and GPTQModel (``qlinear_torch``) and of AutoAWQ (``gemm``); which
+of the two a weight has is told from its shapes. Both are stored (inputs, outputs) and returned as
+the float checkpoint has them, (outputs, inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from htsr_alloc.checkpoints.listing import Packed, TensorRef
+from htsr_alloc.checkpoints.quantised.base import (
+    Format,
+    Parts,
+    Read,
+    There,
+    by_rows,
+    misfit,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("qzeros", "scales", "g_idx")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each half byte of a word belongs to
+GPTQ_BITS = (2, 3, 4, 8)
+
+
+def _weights(there: There) -> Iterator[tuple[str, TensorRef, dict[str, TensorRef]]]:
+    """(module, qweight, its other parts) of each weight that has them."""
+    for ref in there.values():
+        module, _, kind = ref.name.rpartition(".")
+        if kind == "qweight" and ref.dtype == "I32" and len(ref.shape) == 2:
+            parts = {name: there[at] for name in PARTS if (at := f"{module}.{name}") in there}
+            if {"qzeros", "scales"} <= set(parts) and len(parts["scales"].shape) == 2:
+                yield module, ref, parts
+
+
+def _find_gptq(there: There, config: Mapping[str, Any], read: Read) -> Iterator[TensorRef]:
+    settings = settings_of(config)
+    for module, ref, parts in _weights(there):
+        outputs, bits = ref.shape[1], settings.get("bits", 4)
+        inputs = ref.shape[0] * 32 // bits if bits in GPTQ_BITS else 0
+        if "g_idx" in parts:  # tells them, whatever the configuration says of this module
+            inputs = parts["g_idx"].shape[0]
+            bits = 32 * ref.shape[0] // max(1, inputs)
+        if bits not in GPTQ_BITS or 32 * ref.shape[0] != bits * inputs:
+            continue
+        if parts["scales"].shape[1] != outputs:
+            continue
+        version = "v2" if settings.get("checkpoint_format") == "gptq_v2" else "v1"
+        packed = Packed("gptq", (("qweight", ref), *parts.items()), f"{bits} bits, {version}")
+        shape = (outputs, inputs)
+        yield TensorRef(f"{module}.weight", f"INT{bits}", shape, ref.shard, ref.begin, packed)
+
+
+def _find_awq(there: There, config: Mapping[str, Any], read: Read) -> Iterator[TensorRef]:
+    for module, ref, parts in _weights(there):
+        inputs, outputs = ref.shape[0], 8 * ref.shape[1]
+        if parts["scales"].shape[1] == outputs and "g_idx" not in parts:
+            packed = Packed("awq", (("qweight", ref), *parts.items()))
+            shape = (outputs, inputs)
+            yield TensorRef(f"{module}.weight", "INT4", shape, ref.shard, ref.begin, packed)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """(n * bits / 32, columns) int32 -> (n, columns) uint8: little-endian, without gaps."""
+    import torch
+
+    period = 3 if bits == 3 else 1  # words after which numbers begin with a word again
+    groups = words.reshape(-1, period, words.shape[1]).long() & 0xFFFFFFFF
+    found = []
+    for start in range(0, 32 * period, bits):
+        word, shift = divmod(start, 32)
+        value = groups[:, word] >> shift
+        if shift + bits > 32:
+            value = value | (groups[:, word + 1] << (32 - shift))
+        found.append((value & ((1 << bits) - 1)).to(torch.uint8))
+    return torch.stack(found, 1).reshape(-1, words.shape[1])
+
+
+def _decode_gptq(ref: TensorRef, parts: Parts) -> torch.Tensor:
+    """qweight: (in * bits / 32, out); qzeros: (groups, out * bits / 32); scales: (groups, out);
+    g_idx: (in,), the group of each input. Version 1 stores the zero points less one."""
+    assert ref.packed is not None
+    bits, outputs = int(ref.dtype.removeprefix("INT")), ref.shape[0]
+    scales = parts["scales"].float()
+    zeros = parts["qzeros"]
+    if zeros.shape != (len(scales), outputs * bits // 32) or not len(scales):
+        raise misfit(ref, f"qzeros {tuple(zeros.shape)}, scales {tuple(scales.shape)}")
+    zeros = unpack(zeros.T, bits).T.float()
+    if ref.packed.settings.endswith("v1"):
+        zeros = (zeros + 1) % 2**bits
+    return _dequantise(
+        ref, parts.get("g_idx"), scales, zeros, lambda part: _words(parts["qweight"], part, bits)
+    )
+
+
+def _words(words: torch.Tensor, part: slice, bits: int) -> torch.Tensor:
+    return unpack(words[part.start * bits // 32 : part.stop * bits // 32], bits)
+
+
+def _decode_awq(ref: TensorRef, parts: Parts) -> torch.Tensor:
+    """qweight: (in, out / 8); qzeros: (groups, out / 8); scales: (groups, out)."""
+    scales, zeros = parts["scales"].float(), parts["qzeros"]
+    if zeros.shape != (len(scales), ref.shape[0] // 8) or not len(scales):
+        raise misfit(ref, f"qzeros {tuple(zeros.shape)}, scales {tuple(scales.shape)}")
+    zeros = _interleaved(zeros).float()
+    return _dequantise(ref, None, scales, zeros, lambda part: _interleaved(parts["qweight"][part]))
+
+
+def _interleaved(words: torch.Tensor) -> torch.Tensor:
+    """(rows, n / 8) int32 -> (rows, n) uint8 in AWQ's order."""
+    import torch
+
+    values = unpack(words.reshape(1, -1), 4).reshape(8, *words.shape)  # the half bytes of a word
+    out = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    out[..., list(AWQ_ORDER)] = values.permute(1, 2, 0)
+    return out.flatten(1)
+
+
+def _dequantise(
+    ref: TensorRef, group: torch.Tensor | None, scales: torch.Tensor, zeros: torch.Tensor, codes
+) -> torch.Tensor:
+    """(out, in): scales[g] (q - zeros[g]), g the group of an input."""
+    import torch
+
+    outputs, inputs = ref.shape
+    if group is None:
+        group = torch.arange(inputs) // max(1, -(-inputs // len(scales)))
+    if bool((group < 0).any()) or bool((group >= len(scales)).any()):
+        raise misfit(ref, f"g_idx names a group that is not among its {len(scales)}")
+    group = group.long()
+
+    def rows(part: slice) -> torch.Tensor:
+        own = group[part]
+        return codes(part).float().sub_(zeros[own]).mul_(scales[own])
+
+    return by_rows(inputs, outputs, rows, multiple=32).T
+
+
+GPTQ = Format(_find_gptq, _decode_gptq)
+AWQ = Format(_find_awq, _decode_awq)

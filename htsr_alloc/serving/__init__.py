@@ -1,0 +1,1 @@
+"""Trained adapters behind a server."""
