@@ -67,12 +67,12 @@ def build(
     left = left_alone_in(made.get_base_model(), prefixes) if target is None else []
     screen.show(views.build(made, describe(made, prefixes), left))
     counted, trainable = loaded.parameters, made.get_nb_trainable_parameters()[0]
-    if counted and (system, target, lora.r) == (DEFAULT, None, counted.r):
-        if counted.spent != trainable:
-            screen.warn(
-                f"The allocation counted {counted.spent:,} trainable parameters: transformers "
-                "splits or joins matrices of this checkpoint (q, k and v; gate and up) on loading."
-            )
+    same = counted is not None and (system, target, lora.r) == (DEFAULT, None, counted.r)
+    if same and counted.spent != trainable:
+        screen.warn(
+            f"The allocation counted {counted.spent:,} trainable parameters: transformers splits "
+            "or joins matrices of this checkpoint (q, k and v; gate and up) when it loads it."
+        )
     if control is not None and text is not None:
         files.write_text(control, text)
         screen.note(f"wrote {control}")
