@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htsr_alloc.checkpoints.layers import left_alone, map_layers
+from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, TensorRef
 from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.rules import left_alone
 from htsr_alloc.checkpoints.stacks import other_stacks
 from htsr_alloc.errors import HtsrError
 

@@ -16,7 +16,7 @@ import pytest
 from helpers.commands import ROOT
 from helpers.records_made import deep_table, made_allocation, made_metrics, renamed
 
-from htsr_alloc.records import Allocation, File, Metrics, dumps, loads
+from htsr_alloc.records import Allocation, Dequantised, File, Metrics, dumps, loads
 from htsr_alloc.records.results import read_result
 from htsr_alloc.reports import report
 from htsr_alloc.reports.cautions import cautions
@@ -226,6 +226,11 @@ def test_every_caution(tmp_path):
     )
     assert "The source is quantised (F8_E4M3)" in cautions_of(
         tmp_path, with_matrices(metrics, dtype="F8_E4M3")
+    )
+    packed = (Dequantised("gguf", "Q4_K", 21, "gguf 0.19.0"),)
+    stored = dataclasses.replace(metrics.model, dequantised=packed)
+    assert "The source is quantised (Q4_K)" in cautions_of(
+        tmp_path, dataclasses.replace(metrics, model=stored)
     )
     settings = dataclasses.replace(metrics.settings, include=("*mlp*",))
     said = cautions_of(tmp_path, dataclasses.replace(metrics, settings=settings))
