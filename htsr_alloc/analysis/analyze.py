@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from htsr_alloc.analysis.cost import flops, transfer
 from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
-from htsr_alloc.analysis.measure import measure, summarise, with_noise
+from htsr_alloc.analysis.measure import measure, with_noise
 from htsr_alloc.checkpoints import quantised
 from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
@@ -37,6 +36,7 @@ from htsr_alloc.records import (
     this_tool,
 )
 from htsr_alloc.records.facts import check_bare_name
+from htsr_alloc.records.means import summarise
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
 from htsr_alloc.spectra.engines import check_engine
@@ -262,23 +262,16 @@ def _assemble(
             architecture=checkpoint.architecture,
             num_layers=len(layer_map.prefixes),
             parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors if ref.is_float),
-            dequantised=_dequantised(layer_map.matrices),
+            dequantised=tuple(
+                Dequantised(form, dtype, count, quantised.decoder(form) or None)
+                for form, dtype, count in quantised.kinds(m.ref for m in layer_map.matrices)
+            ),
         ),
         settings=settings,
         spectra=None,
         matrices=tuple(matrices),
         layers=summarise(matrices, layer_map.prefixes),
         skipped=tuple(Skipped(*item) for item in (*layer_map.skipped, *unindexed)),
-    )
-
-
-def _dequantised(matrices: Iterable[MatrixRef]) -> tuple[Dequantised, ...]:
-    """What was dequantised: how many matrices, of which format and dtype."""
-    packed = (matrix.ref for matrix in matrices)
-    kinds = Counter((ref.packed.format, ref.dtype) for ref in packed if ref.packed is not None)
-    return tuple(
-        Dequantised(form, dtype, count, quantised.decoder(form) or None)
-        for (form, dtype), count in sorted(kinds.items())
     )
 
 

@@ -119,6 +119,7 @@ def train(
         heads=heads_of(model) if task.labels else (),
         steps=total_steps(len(encoded["data"]), run.recipe, processes()),
     )
+    task.refuse_unread(model)
     run.adapter.start(model.to(device), encoded["data"], task.collate, run.recipe.batch_size)
     trainer = make_trainer(
         model,

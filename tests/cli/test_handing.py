@@ -1,4 +1,4 @@
-"""An adapter that can be handed on: tokenizer, card, collapse, generate, hub ids."""
+"""An adapter that others can use: tokenizer, card, collapse, generate, hub ids."""
 
 import json
 import subprocess
