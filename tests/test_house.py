@@ -16,7 +16,7 @@ ARROWS = {
     "checkpoints": set(),
     "spectra": {"records"},
     "analysis": {"records", "checkpoints", "spectra"},
-    "allocation": {"records", "spectra", "analysis"},
+    "allocation": {"records", "checkpoints", "spectra", "analysis"},
     "lora_moe": {"records", "checkpoints", "allocation"},
     "training": {"records", "spectra", "allocation", "lora_moe"},
     "serving": {"lora_moe"},
@@ -107,6 +107,7 @@ OTHERS = {
     "exports/mola.py",
     "exports/axolotl.py",
     "serving/launch.py",
+    "ms_swift/__init__.py",
 }  # they write other programs' options
 COMMANDS = re.compile(r"(htsr|torchrun|python -m) .*")  # a whole command may have its options
 

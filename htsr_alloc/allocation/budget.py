@@ -88,10 +88,20 @@ class Rank:
         return Params(uniform.of(1), 1, routers=False)
 
 
-Budget = Experts | Params | Share | Rank
+@dataclass(frozen=True)
+class Stacks:
+    """T experts of each stack of layers, in this order: (``language_model``, 160), ..."""
+
+    totals: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={total}" for name, total in self.totals)
+
+
+Budget = Experts | Params | Share | Rank | Stacks
 # What is adapted -> its budgets, in words and as types. Another adapter is a row.
 ADAPTERS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "lora-moe": ("`T`, `params` or `target_share`", (Experts, Params, Share, type(None))),
+    "lora-moe": ("`T`, `params` or `target_share`", (Experts, Params, Share, Stacks, type(None))),
     "lora": ("`rank`", (Rank,)),
 }
 
@@ -100,6 +110,23 @@ def check_rank(r: int, name: str = "r") -> None:
     """Raise HtsrError unless ``r`` is a rank."""
     if r < 1:
         raise HtsrError(f"`{name}` must be at least 1, not {r}.")
+
+
+def parse_experts(text: str) -> Experts | Stacks:
+    """``160``, or ``language_model=160,vision_tower=40``.
+
+    Raises:
+        HtsrError: anything else, or a stack twice.
+    """
+    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    totals = [(name.strip(), total.strip()) for name, _, total in parts]
+    names = [name for name, _ in totals]
+    whole = all(total.isascii() and total.isdecimal() for _, total in totals)
+    if whole and names == [""] and "=" not in text:
+        return Experts(int(text))
+    if not whole or not all(names) or len(set(names)) < len(names):
+        raise HtsrError(f"`T` {text!r} is not like 160 or language_model=160,vision_tower=40.")
+    return Stacks(tuple((name, int(total)) for name, total in totals))
 
 
 def parse_params(text: str) -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc import files
-from htsr_alloc.allocation.budget import Experts, Params, Rank, Share
+from htsr_alloc.allocation.budget import Experts, Params, Rank, Share, Stacks
 from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.rounding import Bounds, repair_remainder
+from htsr_alloc.allocation.scope import EVERYTHING, OVER, joined, of_stack
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.sharing import Sharing
 from htsr_alloc.allocation.strategies import Plan
-from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units
+from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units, selected
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import (
     EXPERTS,
@@ -64,6 +65,11 @@ def allocate(
         source = source or File(path.name, files.sha256(path))
         metrics = loads(Metrics, files.read_bytes(path), path.name)
     strategy, asked = request.strategy, request.budget
+    if isinstance(asked, Stacks):
+        each = [replace(request, budget=Experts(t), stack=name) for name, t in asked.totals]
+        parts = [allocate(metrics, own, source=source, tool=tool) for own in each]
+        return joined(parts, str(asked))
+    metrics = scoped(metrics, request)
     if isinstance(asked, Rank):
         budget = asked.params(metrics, request.targets)
     else:
@@ -73,8 +79,10 @@ def allocate(
     units = _units(metrics, prefixes, request, budget)
     ranks = isinstance(asked, Rank)
     facts: dict[str, Any] = {"targets": request.targets or None, "signal": signal}
+    facts |= {"stack": request.stack}
+    facts["score_over"] = None if request.score_over == EVERYTHING else request.score_over
     if ranks and metrics is not None and not request.targets:  # for exports: ranks need names
-        facts["targets"] = tuple(sorted({matrix.role for matrix in metrics.matrices}))
+        facts["targets"] = tuple(sorted({matrix.role for matrix in selected(metrics, ())}))
     if request.scores is not None:
         values = request.scores.of(units, metrics)
         units = [replace(unit, score=v) for unit, v in zip(units, values, strict=True)]
@@ -105,6 +113,19 @@ def allocate(
         modules=modules,
         parameters=spent,
     )
+
+
+def scoped(metrics: Metrics | None, request: Request) -> Metrics | None:
+    """The part of the metrics that the request is about.
+
+    Raises:
+        HtsrError: a stack that they do not have; a target that no matrix has.
+    """
+    if metrics is None:
+        return None
+    if request.stack is not None:
+        metrics = of_stack(metrics, request.stack)
+    return OVER[request.score_over](metrics, request.targets)
 
 
 def _prefixes(metrics: Metrics | None, request: Request) -> Sequence[str | None]:

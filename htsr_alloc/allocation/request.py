@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast, get_type_hints
 
 from htsr_alloc.allocation.budget import (
@@ -13,9 +13,11 @@ from htsr_alloc.allocation.budget import (
     Params,
     Rank,
     Share,
+    Stacks,
     check_rank,
 )
 from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
+from htsr_alloc.allocation.scope import EVERYTHING, OVER
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Strategy
@@ -30,8 +32,9 @@ class Request:
 
     Attributes:
         strategy: one of ``STRATEGIES`` with its settings, as ``AlphaLora(beta=2.5)``.
-        budget: ``Experts(160)``, ``Params(10**8)`` or ``Share(0.01)``; ``Rank(16)`` for ranks of
-            plain LoRA in place of experts; None for a strategy whose settings say it.
+        budget: ``Experts(160)``, ``Params(10**8)`` or ``Share(0.01)``; ``Stacks`` for a T of each
+            stack; ``Rank(16)`` for ranks of plain LoRA in place of experts; None for a strategy
+            whose settings say it.
         scores: what a strategy that uses scores goes by: a ``Metric``, by default PL_Alpha_Hill,
             or ``Scores`` of a file. None for the others.
         pool: None is a count a layer. ``role`` and ``all`` (of ``POOLS``) are a count a linear,
@@ -44,6 +47,9 @@ class Request:
         bounds: of every count.
         top_k: K; a layer's own is min(K, its experts).
         layers: the number of layers, where there are no metrics.
+        stack: one stack of layers, by its name or a part of it; None is all of them.
+        score_over: of ``OVER``, the matrices that a layer's score is the mean over: ``all`` of the
+            layer, or the ``adapted`` ones, which get experts.
 
     Raises:
         HtsrError: fields that contradict each other.
@@ -58,6 +64,8 @@ class Request:
     bounds: Bounds = field(default_factory=Bounds)
     top_k: int = 2
     layers: int | None = None
+    stack: str | None = None
+    score_over: str = EVERYTHING
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -65,8 +73,18 @@ class Request:
         check_choice("repair", self.repair, REPAIRS)
         if self.pool is not None:
             check_choice("pool", self.pool, POOLS)
-        by_params = isinstance(self.budget, Params | Share | Rank)
-        if self.targets and not self.pool and not by_params:
+        check_choice("score_over", self.score_over, OVER)
+        if isinstance(self.budget, Stacks) and self.stack is not None:
+            raise HtsrError(
+                "`T` names its stacks, and `stack` one of them.", "Give one of the two."
+            )
+        if self._adapted_alone and (self.pool or isinstance(self.scores, Scores)):
+            raise HtsrError(
+                f"`score_over` {self.score_over} is about the metric of a whole layer.",
+                "Leave it out with `per_module` and with `scores`.",
+            )
+        by_params = self._by_params
+        if self.targets and not self.pool and not by_params and not self._adapted_alone:
             raise HtsrError(
                 "`targets` says which linears `per_module` or a parameter budget is about.",
                 "A count for each layer holds for whatever is adapted: leave it out.",
@@ -86,6 +104,7 @@ class Request:
             "metric": isinstance(self.scores, Metric),
             "per_module": self.pool is not None,
             "repair": self.repair != REMAINDER,
+            "score_over": self._adapted_alone,
         }
         for name, given in idle.items():
             if given:
@@ -96,20 +115,36 @@ class Request:
                 )
 
     @property
+    def _by_params(self) -> bool:
+        return isinstance(self.budget, Params | Share | Rank)
+
+    @property
+    def _adapted_alone(self) -> bool:
+        return self.score_over != EVERYTHING
+
+    @property
     def needs_metrics(self) -> bool:
         """Whether the scores, the layers or the parameters are known from metrics only."""
-        if self.pool is not None or isinstance(self.budget, Params | Share | Rank):
+        if self.pool is not None or self._by_params or self.stack is not None:
+            return True
+        if isinstance(self.budget, Stacks):
             return True
         if self.strategy.uses_scores:
             return isinstance(self.scores, Metric)
         return not (self.layers or self.strategy.layers)
+
+    @property
+    def unscoped(self) -> Request:
+        """The same of metrics that hold no more than the request is about (``scope.scoped``)."""
+        targets = self.targets if self._by_params or self.pool else ()
+        return replace(self, stack=None, score_over=EVERYTHING, targets=targets)
 
     @classmethod
     def of(
         cls,
         strategy: str = "alphalora",
         *,
-        T: int | None = None,
+        T: int | Mapping[str, int] | Experts | Stacks | None = None,
         params: int | None = None,
         target_share: float | None = None,
         r: int | None = None,
@@ -125,6 +160,8 @@ class Request:
         bounds: Bounds | None = None,
         top_k: int = 2,
         layers: int | None = None,
+        stack: str | None = None,
+        score_over: str = EVERYTHING,
         **settings: Any,
     ) -> Request:
         """A request from keywords, as ``htsr allocate`` has options.
@@ -132,8 +169,9 @@ class Request:
         Args:
             strategy: a name of ``STRATEGIES``; what its dataclass has as fields is given in
                 ``settings`` (``beta``, ``spread``; ``groups``; ``experts``), None for its default.
-            T: a budget of T experts; ``params`` and ``target_share`` (0.01 for 1 %) are ``Params``
-                and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of them, or T.
+            T: a budget of T experts, or {stack: T}; ``params`` and ``target_share`` (0.01 for 1 %)
+                are ``Params`` and ``Share`` at rank ``r``, 8 by default. ``budget`` is any of
+                them, or T.
             adapter_kind: of ``ADAPTERS``: ``lora-moe`` shares out experts, ``lora`` ranks of plain
                 LoRA, whose parameters are those of ``rank`` on every linear.
             metric: see ``Metric``; ``scores`` of a file come in its place.
@@ -159,13 +197,15 @@ class Request:
             bounds or Bounds(),
             top_k,
             layers,
+            stack,
+            score_over,
         )
 
 
 def keywords_of(strategy: str) -> set[str]:
     """The keywords of ``Request.of`` that mean something to this strategy, besides the common."""
     check_choice("strategy", strategy, STRATEGIES)
-    by_scores = {"metric", "scores", "per_module", "pool", "repair"}
+    by_scores = {"metric", "scores", "per_module", "pool", "repair", "score_over"}
     return _settings(strategy) | (by_scores if STRATEGIES[strategy].uses_scores else set())
 
 
@@ -176,7 +216,8 @@ def read_settings(strategy: str, texts: Mapping[str, str]) -> dict[str, Any]:
         HtsrError: a setting that the strategy does not have, or a text that is not of its type.
     """
     check_choice("strategy", strategy, STRATEGIES)
-    kinds, made = get_type_hints(STRATEGIES[strategy]), {}
+    kinds: dict[str, Any] = get_type_hints(STRATEGIES[strategy])
+    made: dict[str, Any] = {}
     for key, text in texts.items():
         check_choice("setting", key, SETTINGS)
         _check_owner(strategy, key)
@@ -191,7 +232,7 @@ def _settings(strategy: str) -> set[str]:
     return {each.name for each in fields(STRATEGIES[strategy])}
 
 
-SETTINGS = sorted(set().union(*map(_settings, STRATEGIES)))  # of all strategies
+SETTINGS = sorted({key for name in STRATEGIES for key in _settings(name)})  # of all strategies
 
 
 def _check_owner(strategy: str, key: str) -> None:
@@ -218,7 +259,7 @@ def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
 
 def _budget(
     adapter_kind: str,
-    T: int | None,
+    T: int | Mapping[str, int] | Experts | Stacks | None,
     params: int | None,
     target_share: float | None,
     r: int | None,
@@ -244,6 +285,8 @@ def _budget(
     chosen = budget if T is None else T
     if isinstance(chosen, int):
         chosen = Experts(chosen)
+    elif isinstance(chosen, Mapping):
+        chosen = Stacks(tuple(chosen.items()))
     elif params is not None:
         chosen = Params(params, r or 8)
     elif target_share is not None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from htsr_alloc.allocation.decide import allocate
+from htsr_alloc.allocation.budget import Stacks
+from htsr_alloc.allocation.decide import allocate, scoped
 from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.scores import Metric, parse_metric
 from htsr_alloc.allocation.strategies import AlphaLora
@@ -99,6 +100,9 @@ def sensitivity_of(
         )
     if draws < 1:
         raise HtsrError(f"`draws` must be at least 1, not {draws}.")
+    if isinstance(request.budget, Stacks):
+        raise HtsrError("`sensitivity` is about one budget.", "Give `stack` and its own `T`.")
+    metrics, request = scoped(metrics, request) or metrics, request.unscoped
     own = allocate(metrics, request)
     causes: dict[str, Any] = {}
     counts: dict[str, list[tuple[int, ...]]] = {}

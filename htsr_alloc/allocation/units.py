@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from htsr_alloc.checkpoints.rules import EXPERT, left_alone
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics, Model
 
@@ -69,8 +70,7 @@ def costed_layers(
     """One unit a layer; its cost is that of one expert of rank ``r`` on each targeted linear.
 
     Raises:
-        HtsrError: a target that no layer has, a layer without any, or a stack of experts in one
-            tensor.
+        HtsrError: a target that no layer has, or a layer without any.
     """
     chosen = selected(metrics, targets)
     units: list[Unit] = []
@@ -90,12 +90,11 @@ def linear_units(
     """One unit a targeted linear, in the metrics' order; with costs where ``r`` is given.
 
     Raises:
-        HtsrError: a target that no layer has, or a stack of experts in one tensor.
+        HtsrError: a target that no layer has.
     """
     units: list[Unit] = []
     for matrix in selected(metrics, targets):
-        refuse_slices(matrix)
-        name = re.sub(r"[._]?weight$", "", matrix.tensor)
+        name = module_of(matrix)
         cost = None if r is None else cost_of([matrix], r, metrics.model, routers)
         units.append(Unit(matrix.layer, name, matrix, cost))
     if not units:
@@ -104,29 +103,14 @@ def linear_units(
 
 
 def cost_of(matrices: Iterable[Matrix], r: int, model: Model, routers: bool = True) -> ExpertCost:
-    """The cost of one expert of rank ``r`` on each of these linears, with or without routers.
-
-    Raises:
-        HtsrError: a slice of a 3-d tensor, which no adapter of linears can reach.
-    """
+    """The cost of one expert of rank ``r`` on each of these linears, with or without routers."""
     lora = router = 0
     transposed = (model.architecture or "").startswith(CONV1D)
     for matrix in matrices:
-        refuse_slices(matrix)
         d_in = matrix.shape[0] if transposed else matrix.shape[1]
         lora += r * sum(matrix.shape)
         router += d_in if routers else 0
     return ExpertCost(lora, router)
-
-
-def refuse_slices(matrix: Matrix) -> None:
-    """Raise HtsrError on a slice of a 3-d tensor, which is not a linear of its own."""
-    if matrix.tensor.endswith("]"):
-        raise HtsrError(
-            f"{matrix.tensor} is one of several experts in one tensor, not a linear that can be "
-            "adapted by itself.",
-            "Name the linears to adapt as `targets`: q_proj, v_proj, ...",
-        )
 
 
 def groups_of(units: Sequence[Unit], pool: str | None) -> list[list[int]]:
@@ -139,18 +123,38 @@ def groups_of(units: Sequence[Unit], pool: str | None) -> list[list[int]]:
 
 
 def selected(metrics: Metrics, targets: Sequence[str]) -> list[Matrix]:
-    """The matrices whose role is a target or ends in one; all of them without targets.
+    """The matrices that ``build`` adapts: of a target's role, or of one that ends in it, or any.
+
+    The base's own experts and linears on which an adapter would never act are no such matrices
+    (``checkpoints.rules.left_alone``): an allocation's parameters are those that become trainable.
 
     Raises:
-        HtsrError: a target that no matrix has.
+        HtsrError: a target that no matrix has, or none that is adapted; nothing to adapt.
     """
     roles = sorted({matrix.role for matrix in metrics.matrices})
     for target in targets:
         if not any(_is(role, target) for role in roles):
             raise HtsrError(f"No linear is a {target}.", f"There are {', '.join(roles)}.")
+    chosen = [m for m in metrics.matrices if m.expert is None and left_alone(module_of(m)) is None]
+    found = sorted({matrix.role for matrix in chosen})
+    for target in targets:
+        if not any(_is(role, target) for role in found):
+            left = next(m for m in metrics.matrices if _is(m.role, target))
+            why = EXPERT if left.expert is not None else left_alone(module_of(left))
+            raise HtsrError(
+                f"No {target} is adapted: {left.tensor} is left alone ({why}).",
+                f"There are {', '.join(found)}." if found else None,
+            )
+    if not chosen and metrics.matrices:
+        raise HtsrError("No linear of the model is adapted: all are the base's own experts.")
     if not targets:
-        return list(metrics.matrices)
-    return [m for m in metrics.matrices if any(_is(m.role, target) for target in targets)]
+        return chosen
+    return [m for m in chosen if any(_is(m.role, target) for target in targets)]
+
+
+def module_of(matrix: Matrix) -> str:
+    """The full name of the module that owns a matrix."""
+    return re.sub(r"[._]?weight$", "", matrix.tensor)
 
 
 def _is(role: str, target: str) -> bool:

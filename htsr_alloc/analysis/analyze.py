@@ -18,7 +18,7 @@ from htsr_alloc.analysis.cost import flops, transfer
 from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
-from htsr_alloc.analysis.measure import measure, summarise, with_noise
+from htsr_alloc.analysis.measure import measure, with_noise
 from htsr_alloc.checkpoints import quantised
 from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
@@ -36,6 +36,7 @@ from htsr_alloc.records import (
     this_tool,
 )
 from htsr_alloc.records.facts import check_bare_name
+from htsr_alloc.records.means import summarise
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
 from htsr_alloc.spectra.engines import check_engine

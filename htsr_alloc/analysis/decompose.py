@@ -80,7 +80,7 @@ def decompose_all(
 
     def decompose(matrix: MatrixRef) -> Entry:
         digest = hashlib.sha256()
-        weight = checkpoint.read(matrix.ref, matrix.index, digest)
+        weight = checkpoint.read(matrix.ref, matrix.index, digest).reshape(matrix.shape)
         if here.device.type == "cuda":
             weight = weight.pin_memory()
         found = spectrum(

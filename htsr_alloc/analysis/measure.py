@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from htsr_alloc.checkpoints.layers import MatrixRef
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import FAILED, MARKED, METRICS, OK, Layer, Matrix, Metrics, Settings
+from htsr_alloc.records import FAILED, MARKED, OK, Matrix, Metrics, Settings
+from htsr_alloc.records.means import summarise
 from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.spectra.uncertainty import NOISE, uncertainty
 
@@ -184,23 +185,3 @@ def refitted(
         matrices=tuple(matrices),
         layers=summarise(matrices, prefixes),
     )
-
-
-def summarise(matrices: Sequence[Matrix], prefixes: Sequence[str]) -> tuple[Layer, ...]:
-    """A layer's value: the plain mean over its linear weights that have one (METHODS 2)."""
-    layers = []
-    for number, prefix in enumerate(prefixes):
-        own = [matrix for matrix in matrices if matrix.layer == number]
-        means: dict[str, float | None] = {}
-        for metric in METRICS:
-            values = [v for m in own if (v := getattr(m, metric)) is not None]
-            means[metric] = math.fsum(values) / len(values) if values else None
-        unfitted = sum(matrix.status == FAILED for matrix in own)
-        reason = None
-        if not own:
-            reason = "no matrix of this layer was analysed"
-        elif unfitted:
-            first = next(matrix for matrix in own if matrix.status == FAILED)
-            reason = f"{unfitted} of {len(own)} matrices have no fit: {first.role}, {first.reason}"
-        layers.append(Layer(number, prefix, len(own), unfitted, reason=reason, **means))
-    return tuple(layers)

@@ -1,18 +1,26 @@
 """From tensor names to places in the model: (layer, role, expert), or a reason to leave out.
 
-What is known about naming is data (the three tables below); the rules that use it are general,
-so that a model nobody has listed works when its blocks are numbered.
+What is known about naming is data (the table below, and those of ``rules``); the rules that use it
+are general, so that a model nobody has listed works when its blocks are numbered.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.checkpoints.listing import TensorRef, natural
+from htsr_alloc.checkpoints.rules import (
+    EXPERT_WORD,
+    NUMBER,
+    expert_position,
+    is_mixture,
+    skip_reason,
+)
 from htsr_alloc.errors import HtsrError
 
 # The word before a block's number, by the families that use it. A number after any other word
@@ -28,28 +36,10 @@ STACK_WORDS = {
     "albert_layer_groups": "ALBERT",
 }
 
-STACKED_2D = r"experts\.mlp\.[wv]\d"
-# Tensors that are not a weight matrix of a block, wherever they are.
-SKIPPED_NAMES = (
-    (r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos)", "embedding"),
-    (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
-    (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
-    (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
-)
-# Tensors outside every block that deserve a better reason than that.
-SKIPPED_OUTSIDE = (
-    (r"(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output_layer|head)", "output head"),
-    (r"(embed\w*|shared|patch\w*)", "embedding"),
-)
-# What names the router of a mixture, in a block that has experts.
-ROUTER_NAMES = r"(gate|router|router\.\w+|shared_expert_gate|wg)"
-
 # More than any model has; a hostile header could make us list billions.
 MAX_BLOCKS = 10_000
 MAX_EXPERTS = 100_000  # in a stack
 MAX_PARTS = 50  # of a dotted name
-EXPERT_WORD = re.compile(r"expert|moe", re.IGNORECASE)
-NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,12 @@ class MatrixRef:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out)."""
+        """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out).
+
+        Of a 3-d tensor that is one matrix (XLNet) the columns are heads times their width.
+        """
+        if self.index is None:
+            return self.ref.shape[0], math.prod(self.ref.shape[1:])
         rows, columns = self.ref.shape[-2:]
         return rows, columns
 
@@ -89,7 +84,8 @@ class LayerMap:
 
     Attributes:
         prefixes: the blocks, ``model.layers.0`` first, in numeric order; the stacks of a model
-            with several (encoder, decoder) one after the other. The position is the layer.
+            with several (encoder, decoder) one after the other. The position is the layer. A
+            stack of which nothing is selected has none.
         matrices: in layer order, then by name.
         skipped: (name, reason) of every other tensor.
         quantised: names of integer tensors that stand where weights belong.
@@ -138,7 +134,7 @@ def map_layers(
     found: dict[str, set[int]] = defaultdict(set)  # stack -> its block numbers
     for ref in tensors:
         place = blocks.get(ref.name)
-        reason = _skip_reason(ref, place, place in mixtures)
+        reason = skip_reason(ref, place, place in mixtures)
         if reason is None and place is not None and limit and place[1] >= limit:
             reason = f"beyond the {limit} layers of the configuration (multi-token prediction)"
         if place is not None and reason is None:
@@ -154,9 +150,10 @@ def map_layers(
             quantised.append(ref.name)
         else:
             kept.append(ref)
+    taken = {blocks[name][0] for name in (*(ref.name for ref in kept), *quantised)}
     prefixes: list[str] = []
     first: dict[str, int] = {}  # stack -> the layer number of its block 0
-    for stack in sorted(found, key=lambda name: ("decoder" in name, natural(name))):
+    for stack in sorted(taken, key=lambda name: ("decoder" in name, natural(name))):
         if max(found[stack]) >= MAX_BLOCKS:
             raise HtsrError(f"{stack}.{max(found[stack])}: no model has that many blocks.")
         first[stack] = len(prefixes)
@@ -166,14 +163,15 @@ def map_layers(
     for ref in kept:
         stack, block = blocks[ref.name]
         layer = first[stack] + block
-        position = _expert_position(ref.name)
+        position = expert_position(ref.name)
         parts = ref.name.split(".")
-        if len(ref.shape) == 3 and ref.shape[0] > MAX_EXPERTS:
+        experts = len(ref.shape) == 3 and EXPERT_WORD.search(ref.name)
+        if experts and ref.shape[0] > MAX_EXPERTS:
             raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
-        if len(ref.shape) == 3:
+        if experts:
             matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
         else:
-            expert = int(parts[position]) if position else None
+            expert = int(parts[position].removeprefix("expert_")) if position else None
             matrices.append(MatrixRef(ref, None, layer, roles[ref.name], expert))
     matrices.sort(key=lambda m: (m.layer, natural(m.name)))
     return LayerMap(tuple(prefixes), tuple(matrices), tuple(skipped.items()), tuple(quantised))
@@ -182,6 +180,7 @@ def map_layers(
 def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
     """Tensor name -> (stack's name, block number), for the tensors that are in a block."""
     places: dict[str, tuple[str, int]] = {}
+    within: dict[str, int] = {}  # name -> where the number after a known word stands
     unknown: dict[str, list[tuple[str, int]]] = {}
     recurring: dict[tuple[str, str], set[int]] = defaultdict(set)
     for ref in tensors:
@@ -189,93 +188,53 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
         numbers = [i for i, part in enumerate(parts) if NUMBER.fullmatch(part) and i > 0]
         known = [i for i in numbers if parts[i - 1] in STACK_WORDS]
         if known:
-            places[ref.name] = (".".join(parts[: known[0]]), int(parts[known[0]]))
+            within[ref.name] = known[0]
             continue
         unknown[ref.name] = [(".".join(parts[:i]), int(parts[i])) for i in numbers]
         if len(ref.shape) >= 2:
             for i in numbers:
                 stack, inner = ".".join(parts[:i]), ".".join(parts[i + 1 :])
                 recurring[stack, inner].add(int(parts[i]))
+    staged = _staged([ref for ref in tensors if len(ref.shape) >= 2], within)
+    for name, at in within.items():
+        parts = name.split(".")
+        place: int | None = at
+        if ".".join(parts[:at]) in staged:  # a block of a stage, or what stands beside its blocks
+            place = _nested(parts, at)
+        if place is not None:
+            places[name] = (".".join(parts[:place]), int(parts[place]))
     repeated = {key for key, found in recurring.items() if len(found) > 1}
-    if places or any("." in inner for _, inner in repeated):
+    if within or any("." in inner for _, inner in repeated):
         repeated = {(stack, inner) for stack, inner in repeated if "." in inner}
     stacks = {stack for stack, _ in repeated}
     for name, candidates in unknown.items():
-        place = next((c for c in candidates if c[0] in stacks), None)
-        if place is not None:
-            places[name] = place
+        found = next((c for c in candidates if c[0] in stacks), None)
+        if found is not None:
+            places[name] = found
     return places
 
 
-def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -> str | None:
-    """Why a tensor is no weight matrix of a block; None when it is one (or an integer one)."""
-    name = ref.name
-    for suffix in SCALE_SUFFIXES:
-        if name.endswith("weight" + suffix):
-            return f"scale of {name.removesuffix(suffix)}"
-    base = re.sub(r"[._]weight$", "", name)
-    named = skipped_by_name(base)
-    if named is not None:
-        return named
-    if place is None:
-        for pattern, reason in SKIPPED_OUTSIDE:
-            if _names(pattern, base):
-                return reason
-        return "outside the blocks"
-    dims = len(ref.shape)
-    if dims < 2:
-        return f"{dims}-d (norm, bias or scalar)"
-    if dims > 3:
-        return f"{dims}-d (no matrix)"
-    if ref.dtype in ("BOOL", "C64"):
-        return f"dtype {ref.dtype}"
-    if not ref.is_float:
-        return None
-    if dims == 3 and not EXPERT_WORD.search(name):
-        return "3-d, and not a stack of experts (convolution?)"
-    if dims == 3 and 0 in ref.shape:
-        return "empty"
-    if mixture and is_router(base):
-        return "router"
-    if dims == 2 and not name.endswith("weight"):
-        return "2-d, but not named a weight"
-    return None
+def _staged(matrices: Sequence[TensorRef], within: dict[str, int]) -> set[str]:
+    """The stacks of stages: the same weights recur in one of them under two numbers of its own.
+
+    Swin: ``layers.0.blocks.1``; SegFormer: ``block.0.1``. T5's ``block.0.layer.1`` is another kind
+    of sublayer than ``layer.0``, and ``experts.1`` follows no word of a stack.
+    """
+    recurring: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for ref in matrices:
+        at, parts = within.get(ref.name), ref.name.split(".")
+        nested = None if at is None else _nested(parts, at)
+        if nested is not None and len(parts) > nested + 2:
+            stack, inner = ".".join(parts[:at]), ".".join(parts[nested + 1 :])
+            recurring[stack, ".".join(parts[:nested]), inner].add(parts[nested])
+    return {key[0] for key, numbers in recurring.items() if len(numbers) > 1}
 
 
-def skipped_by_name(module: str) -> str | None:
-    """Why a module of this full name has no weight matrix of a block, wherever it stands."""
-    found = (reason for pattern, reason in SKIPPED_NAMES if _names(pattern, module))
-    return next(found, None)
-
-
-def is_mixture(name: str, dims: int) -> bool:
-    """Whether a tensor of this full name and number of dimensions belongs to experts."""
-    stacked = dims == 3 or is_numbered_expert(name) or _names(STACKED_2D, name)
-    return EXPERT_WORD.search(name) is not None and stacked
-
-
-def is_router(module: str) -> bool:
-    """Whether a module of a block that has experts is their router, or a gate, by its full name."""
-    named = re.search(rf"\.{ROUTER_NAMES}$", module) is not None
-    return named and "expert" not in module.split(".")[-2]
-
-
-def is_numbered_expert(module: str) -> bool:
-    """Whether a module is one of a mixture's experts, or a part of one, by its full name."""
-    return _expert_position(module) is not None
-
-
-def _names(pattern: str, base: str) -> bool:
-    """Whether ``pattern`` matches whole words of a dotted name."""
-    return re.search(rf"(^|\.){pattern}(\.|$)", base) is not None
-
-
-def _expert_position(name: str) -> int | None:
-    """Where in the dotted name the expert's number stands: right after a word like experts."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        if NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
-            return i
+def _nested(parts: Sequence[str], at: int) -> int | None:
+    """Where the number of a block of stage ``parts[at]`` stands, if there is one."""
+    for place in (at + 1, at + 2):
+        if place < len(parts) and NUMBER.fullmatch(parts[place]):
+            return place if place == at + 1 or parts[place - 1] in STACK_WORDS else None
     return None
 
 
@@ -284,7 +243,7 @@ def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dic
     inner: dict[str, tuple[str, ...]] = {}
     for ref in kept:
         path = re.sub(r"[._]?weight$", "", ref.name).split(".")
-        expert = _expert_position(ref.name)
+        expert = expert_position(ref.name)
         if expert:
             del path[expert]
         inner[ref.name] = tuple(path[blocks[ref.name][0].count(".") + 2 :])
@@ -292,7 +251,7 @@ def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dic
     per_block = Counter(
         (blocks[name], _wordy(path))
         for name, path in inner.items()
-        if _expert_position(name) is None
+        if expert_position(name) is None
     )
     ambiguous = {path for (_, path), count in per_block.items() if count > 1}
     paths = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from htsr_alloc.cli import views
-from htsr_alloc.cli.choices import ADAPTER, POOL, REPAIR, STRATEGY
+from htsr_alloc.cli.choices import ADAPTER, OVER, POOL, REPAIR, STRATEGY
 from htsr_alloc.cli.options import OutFile, pairs
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
@@ -24,7 +24,11 @@ def allocate(
     metrics: Annotated[
         Path | None, typer.Argument(help="A metrics file; default the newest here.")
     ] = None,
-    T: Annotated[int | None, "Budget T: experts of all layers together."] = None,
+    T: Annotated[
+        str | None,
+        "Budget T: experts of all layers together; or of each stack, as "
+        "language_model=160,vision_tower=40.",
+    ] = None,
     params: Annotated[
         str | None,
         "Budget in trainable parameters, such as 100M, in place of --T; at most so many are spent.",
@@ -65,6 +69,14 @@ def allocate(
         list[str] | None,
         "Name of linears that are adapted, for parameter budgets and --per-module; repeatable.",
     ] = None,
+    stack: Annotated[
+        str | None, "Allocate one stack of layers only, as language_model or visual."
+    ] = None,
+    score_over: Annotated[
+        str,
+        "Matrices that a layer's score is the mean over; adapted are those that get experts.",
+        OVER,
+    ] = "all",
     strategy: Annotated[str, "How counts are decided.", STRATEGY] = "alphalora",
     repair: Annotated[
         str, "How quotas become whole numbers; official is eq. 7 as released.", REPAIR
@@ -121,7 +133,7 @@ def allocate(
         own[name] = value
     request = allocation.Request.of(
         strategy,
-        T=T,
+        T=allocation.parse_experts(T) if T is not None else None,
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
@@ -136,6 +148,8 @@ def allocate(
         bounds=allocation.Bounds(low, high),
         top_k=top_k,
         layers=layers,
+        stack=stack,
+        score_over=score_over,
         **own,
     )
     if given is not None:

@@ -74,8 +74,7 @@ def analyze(
         engine=engine,
         device=chosen,
         farms=Farms(farms_rows, farms_ratio, farms_windows) if farms else None,
-        include=selection.include,
-        exclude=selection.exclude,
+        **selection.patterns(checkpoint),
     )
     to_stdout = str(output) == "-"
     to_device = output is not None and files.is_special(output)

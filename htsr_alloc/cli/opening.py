@@ -99,6 +99,25 @@ class Selection:
     exclude: Annotated[
         tuple[str, ...], "Leave out tensors whose name matches, as '*k_proj*'; repeatable."
     ] = ()
+    stack: Annotated[
+        str | None,
+        "Take only one stack of layers, as language_model or visual; htsr inspect shows them.",
+    ] = None
+
+    def patterns(self, checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+        """``include`` and ``exclude``; the latter has every other stack than ``stack``.
+
+        Raises:
+            HtsrError: there is no such stack.
+        """
+        exclude = self.exclude
+        if self.stack is not None:
+            from htsr_alloc.checkpoints.layers import map_layers
+            from htsr_alloc.checkpoints.stacks import other_stacks
+
+            whole = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+            exclude += other_stacks(whole.prefixes, self.stack)
+        return {"include": self.include, "exclude": exclude}
 
 
 def layer_map_of(checkpoint: Checkpoint, selection: Selection | None = None) -> LayerMap:
@@ -108,8 +127,7 @@ def layer_map_of(checkpoint: Checkpoint, selection: Selection | None = None) -> 
     return map_layers(
         checkpoint.tensors,
         num_hidden_layers=checkpoint.num_hidden_layers,
-        include=selection.include,
-        exclude=selection.exclude,
+        **selection.patterns(checkpoint),
     )
 
 

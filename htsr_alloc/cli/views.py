@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from htsr_alloc.allocation.sensitivity import Sensitivity
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
+    from htsr_alloc.lora_moe.linears import LeftAlone
     from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
     from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
@@ -209,8 +210,8 @@ def _causes(found: Sensitivity) -> list[str]:
     return notes
 
 
-def build(model: Any, layers: Sequence[LayerReport]) -> View:
-    """One row a layer, then the sum."""
+def build(model: Any, layers: Sequence[LayerReport], left: Sequence[LeftAlone] = ()) -> View:
+    """One row a layer, then the sum, then what gets no adapter and why."""
     trainable, _ = model.get_nb_trainable_parameters()
     frozen = sum(p.numel() for n, p in model.named_parameters() if "lora_moe_" not in n)
     rows = [
@@ -226,10 +227,12 @@ def build(model: Any, layers: Sequence[LayerReport]) -> View:
         for x in layers
     ]
     columns = ["layer", "prefix", "experts", "top_k", "modules", "trainable", "share"]
+    data = {"layers": [asdict(row) for row in layers], "trainable": trainable, "base": frozen}
+    total = f"{trainable:,} trainable parameters, {trainable / frozen:.2%} of the base's {frozen:,}"
     return View(
-        {"layers": [asdict(row) for row in layers], "trainable": trainable, "base": frozen},
+        {**data, "left_alone": [asdict(row) for row in left]},
         [Table(columns, rows, left=["prefix"])],
-        [f"{trainable:,} trainable parameters, {trainable / frozen:.2%} of the base's {frozen:,}"],
+        [total, *(f"left alone: {x.name}, {x.count} times: {x.reason}" for x in left)],
     )
 
 

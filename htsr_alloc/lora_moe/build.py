@@ -63,7 +63,8 @@ def config_for(
         allocation: an Allocation, or the path of its file.
         **config: of LoraMoeConfig, but ``num_experts`` and ``expert_pattern``, which the
             allocation is. ``target_modules`` are ends of names and default to every linear of a
-            layer, or the system's ``targets``; ``top_k`` overrides the allocation's.
+            layer, or of a system such as MoR to every feed-forward one; ``top_k`` overrides the
+            allocation's.
 
     Raises:
         HtsrError: the allocation is for another number of layers; a layer or a target is not in
@@ -81,9 +82,9 @@ def config_for(
             f"Use get_peft_model(model, LoraMoeConfig(system={system.name!r})).",
         )
     prefixes = resolve_layers(model, allocation)
-    allocation = renamed(allocation, prefixes)
+    allocation = renamed(model, allocation, prefixes)
     modules = resolve_modules(
-        model, prefixes, allocation, config.pop("target_modules", None), system.targets
+        model, prefixes, allocation, config.pop("target_modules", None), system
     )
     targets = [name for names in modules.values() for name in names]
     if allocation.modules:
@@ -162,7 +163,7 @@ def control(
     """
     allocation = load(allocation)
     prefixes = resolve_layers(model, allocation)
-    named = renamed(allocation, prefixes)
+    named = renamed(model, allocation, prefixes)
     modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
     lora = export.Lora(r, lora_alpha, lora_dropout)
     everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}

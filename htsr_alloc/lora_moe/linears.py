@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from htsr_alloc.checkpoints.layers import is_mixture, is_router, skipped_by_name
+from htsr_alloc.checkpoints.rules import (
+    EXPERT,
+    is_mixture,
+    is_router,
+    left_alone,
+    skipped_by_name,
+)
 from htsr_alloc.errors import HtsrError
 
-# Linears on which an adapter would never act.
-NEVER_ACT = (
-    (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
-    (r"(^|\.)indexer\.", "what it picks has no gradient"),
-)
+# Modules that mix the tokens of a sequence; a name such as "mixer" may hold a feed-forward part.
+MIXES_BY_NAME = re.compile(r"att(n|ention)|mamba|ssm|rnn|lstm|conv|temporal", re.IGNORECASE)
+MIXES_BY_CLASS = re.compile(r"Att(n|ention)|Mamba|Mixer|SSM|RNN|LSTM|Conv")
 
 
 def base_weight(base_layer: nn.Module) -> Tensor:
@@ -58,20 +65,62 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 def left_out(model: nn.Module) -> dict[str, str]:
     """The linears that are adapted only where they are named, and why, by full name.
 
-    The model's own routers and gates and whatever else an analysis leaves out by its name; and
-    linears on which an adapter would never act.
+    The model's own routers and gates and whatever else an analysis leaves out by its name; its
+    own experts; and linears on which an adapter would never act.
     """
     weights = ((name, p.dim()) for name, p in model.named_parameters())
     mixtures = {block_of(name) for name, dims in weights if is_mixture(name, dims)}
     found = {}
     for name, _ in model.named_modules():
-        reasons = [reason for pattern, reason in NEVER_ACT if re.search(pattern, name)]
-        if block_of(name) in mixtures and is_router(name):
-            reasons.append("router")
-        reason = skipped_by_name(name) or next(iter(reasons), None)
+        reason = skipped_by_name(name) or left_alone(name)
+        if reason is None and block_of(name) in mixtures and is_router(name):
+            reason = "router"
         if reason is not None:
             found[name] = reason
     return found
+
+
+def feed_forward(model: nn.Module) -> list[str]:
+    """The linears of a model's blocks that are outside attention, or what stands in its place.
+
+    A module is attention, a state space or a convolution by its name or its class's; what it holds
+    is no feed-forward linear. Neither is what ``left_out`` names.
+    """
+    modules, avoided = dict(model.named_modules()), left_out(model)
+
+    def mixes(name: str) -> bool:
+        block, parts = block_of(name), name.split(".")
+        inside = [".".join(parts[:i]) for i in range(1, len(parts))]
+        kinds = [type(modules[n]).__name__ for n in inside if n.startswith(block + ".")]
+        return any(map(MIXES_BY_NAME.search, parts)) or any(map(MIXES_BY_CLASS.search, kinds))
+
+    linears = [name for name, module in modules.items() if widths(module) and name not in avoided]
+    return [n for n in linears if re.search(r"\.\d+\.", n) and not mixes(n)]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Linears or tensors of experts that get no adapter; * stands for the numbers in ``name``."""
+
+    name: str
+    count: int
+    reason: str
+
+
+def left_alone_in(model: nn.Module, prefixes: Sequence[str]) -> list[LeftAlone]:
+    """What ``left_out`` names in these blocks, and the experts that are no linears."""
+    modules = dict(model.named_modules())
+    found = {name: why for name, why in left_out(model).items() if widths(modules[name])}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and is_mixture(name, 3) and "lora_moe_" not in name:
+            found[name] = f"{EXPERT}, {len(parameter)} in one tensor"
+    blocks = tuple(prefix + "." for prefix in prefixes)
+    kinds = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
+        for name, reason in found.items()
+        if name.startswith(blocks)
+    )
+    return [LeftAlone(name, count, reason) for (name, reason), count in kinds.items()]
 
 
 def features(base_layer: nn.Module, name: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import probe
 from htsr_alloc.lora_moe.config import LoraMoeConfig, matches
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
-from htsr_alloc.lora_moe.linears import base_weight, block_of, left_out
+from htsr_alloc.lora_moe.linears import base_weight, block_of, feed_forward, left_out
 from htsr_alloc.lora_moe.passes import PassHooks
 from htsr_alloc.lora_moe.register import NAME, register
 from htsr_alloc.lora_moe.state import STATE, RouterState
@@ -91,16 +91,13 @@ class LoraMoeModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = ALL_LINEAR
             system = SYSTEMS[peft_config.system]
-            if system.targets:
-                names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-                found = names.intersection(system.targets)
-                if not found:
+            if system.feed_forward_only:
+                peft_config.target_modules = set(feed_forward(self.model))
+                if not peft_config.target_modules:
                     raise HtsrError(
-                        f"{system.title} adapts {', '.join(system.targets)}, and the model has "
-                        "no such linear.",
+                        f"{system.title} adapts feed-forward linears, and the model has none.",
                         "Name some in target_modules.",
                     )
-                peft_config.target_modules = found
         if str(peft_config.target_modules).lower() == ALL_LINEAR:
             _maybe_include_all_linear_layers(peft_config, self.model)
             peft_config.target_modules -= left_out(self.model).keys()

@@ -9,11 +9,13 @@ from dataclasses import replace
 from torch import nn
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe.linears import left_out, widths
+from htsr_alloc.lora_moe.linears import feed_forward, left_out, widths
+from htsr_alloc.lora_moe.names import Names
+from htsr_alloc.lora_moe.systems import System
 from htsr_alloc.records import Allocation, Evidence
 
 
-def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
+def renamed(model: nn.Module, allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
     """The allocation with the model's own names of blocks and linears.
 
     Args:
@@ -26,13 +28,14 @@ def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
         Evidence(i, None, None, None, n, "the counts were given")
         for i, n in enumerate(allocation.experts)
     )
-    modules = []
+    modules, names = [], Names(model)
     for module in allocation.modules:
         block = rows[module.layer].prefix
         if block is None or not module.name.startswith(block + "."):
             place = "which has no block" if block is None else f"whose block is {block}"
             raise HtsrError(f"The allocation lists {module.name} in layer {module.layer}, {place}.")
-        name = prefixes[module.layer] + module.name.removeprefix(block)
+        inside = prefixes[module.layer] + module.name.removeprefix(block)
+        name = inside if inside in names.modules else names.module(module.name) or inside
         modules.append(replace(module, name=name))
     evidence = (replace(row, prefix=name) for row, name in zip(rows, prefixes, strict=True))
     return replace(allocation, evidence=tuple(evidence), modules=tuple(modules))
@@ -41,8 +44,8 @@ def renamed(allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
 def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
     """The full name of each allocated layer's block, in the allocation's order.
 
-    The evidence's prefixes are looked for as names or ends of names. Without them the one stack
-    of blocks with as many layers is taken.
+    The evidence's prefixes are looked for as names in the model, as names in a checkpoint of it,
+    and as ends of names. Without them the one stack of blocks with as many layers is taken.
 
     Raises:
         HtsrError: not exactly one block for a layer, or blocks left over.
@@ -64,15 +67,17 @@ def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
         if len(fitting) != 1:
             raise mismatch
         return fitting[0]
-    names = [name for name, _ in model.named_modules()]
+    names = Names(model)
     found = []
     for prefix in wanted:
-        same = [name for name in names if name == prefix or name.endswith("." + prefix)]
+        own = names.module(prefix)
+        same = names.ends(prefix) if own is None else [own]
         if len(same) > 1:
-            raise HtsrError(f"{prefix} is in the model {len(same)} times: {', '.join(same)}.")
+            listed = ", ".join(sorted(same))
+            raise HtsrError(f"{prefix} is in the model {len(same)} times: {listed}.")
         found += same
     used = {name.rpartition(".")[0] for name in found}
-    total = sum(len(blocks) for name, blocks in stacks.items() if name in used)
+    total = sum(len(list(model.get_submodule(name).children())) for name in used)
     if len(found) == 0:
         raise HtsrError(
             f"The model has no module {wanted[0]}; its layers are {sizes}.", mismatch.hint
@@ -96,15 +101,15 @@ def resolve_modules(
     prefixes: Sequence[str],
     allocation: Allocation,
     targets: Sequence[str] | None,
-    usual: Sequence[str] = (),
+    system: System | None = None,
 ) -> dict[str, list[str]]:
     """Block -> full names of the linears to adapt; those without experts are skipped.
 
     Where the allocation lists linears (by the model's own names), no other is adapted.
 
     Args:
-        targets: ends of names. usual: last parts of names, where ``targets`` is None; empty: all
-            but those that ``linears.left_out`` names.
+        targets: ends of names; None: all but those that ``linears.left_out`` names, or what the
+            system adapts.
 
     Raises:
         HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
@@ -126,14 +131,16 @@ def resolve_modules(
     for name in listed:
         if name in avoided and listed[name]:
             warnings.warn(f"{name} gets no experts: {avoided[name]}.", stacklevel=2)
+    by_kind = targets is None and system is not None and system.feed_forward_only
+    usual = set(feed_forward(model)) if by_kind else None
     chosen: dict[str, list[str]] = {}
     unused = set(targets or ())
     for prefix, experts in zip(prefixes, allocation.experts, strict=True):
         inside = [n for n in linears if n.startswith(prefix + ".") and n not in avoided]
         if listed:
             inside = [name for name in inside if name in listed]
-        elif targets is None and usual:
-            inside = [n for n in inside if n.rpartition(".")[2] in usual]
+        elif usual is not None:
+            inside = [n for n in inside if n in usual]
         if targets is not None:
             matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
             for target, names in matched.items():

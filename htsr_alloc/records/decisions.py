@@ -68,7 +68,9 @@ class StrategyRecord:
     ``spread`` is the ratio of quotas that beta was solved for. ``farms`` are the windows that the
     score was measured on. ``scores`` is the file that the score came from, ``metric`` then its
     column. ``pool`` says among which linears a budget was shared, of those in ``targets`` (roles;
-    null is all): ``role``, each role by itself, or ``all``.
+    null is all): ``role``, each role by itself, or ``all``. ``stack`` is the part of the model that
+    was allocated (null is all of it), and ``score_over`` the matrices that a layer's score is the
+    mean over: null is all, ``adapted`` those that get experts.
     """
 
     name: str
@@ -85,6 +87,8 @@ class StrategyRecord:
     pool: str | None = field(default=None, metadata=ADDED)
     targets: tuple[str, ...] | None = field(default=None, metadata=ADDED)
     signal: Signal | None = field(default=None, metadata=ADDED)
+    stack: str | None = field(default=None, metadata=ADDED)
+    score_over: str | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)

@@ -260,13 +260,31 @@ def test_impossible_budgets_say_so(arguments, sentence):
         allocate(metrics, **arguments)
 
 
-def test_stacked_experts_are_no_linears():
-    stack = [matrix(0, tensor=f"model.layers.0.experts.up[{i}]", role="up") for i in range(2)]
-    metrics = metrics_with([3.0])
-    metrics = dataclasses.replace(metrics, matrices=tuple(stack))
+def mixture(*tensors):
+    """One layer of 64 x 64 matrices: (tensor, role, expert) each."""
+    rows = [matrix(0, tensor=name, role=role, expert=expert) for name, role, expert in tensors]
+    return dataclasses.replace(metrics_with([3.0]), matrices=tuple(rows))
+
+
+EXPERTS = [(f"model.layers.0.experts.up[{i}]", "up", i) for i in range(2)]
+ATTENTION = [("model.layers.0.attn.q_proj.weight", "q_proj", None)]
+
+
+def test_only_what_build_adapts_is_counted():
+    """Neither the base's experts, in one tensor or numbered, nor what an adapter cannot reach."""
+    alone = allocate(mixture(*ATTENTION), params=9999).parameters
+    assert alone is not None
+    numbered = [(f"model.layers.0.moe.experts.{i}.w1.weight", "w1", i) for i in range(2)]
+    for others in (EXPERTS, numbered, [("model.layers.0.mixer.dt_proj.weight", "dt_proj", None)]):
+        metrics = mixture(*ATTENTION, *others)
+        assert allocate(metrics, params=9999).parameters == alone
+        (listed,) = allocate(metrics, T=4, per_module=True).modules
+        assert listed.role == "q_proj"
+        with pytest.raises(HtsrError, match=f"No {others[0][1]} is adapted: .* is left alone"):
+            allocate(metrics, params=9999, targets=[others[0][1]])
     for request in ({"params": 9999}, {"T": 4, "per_module": True}):
-        with pytest.raises(HtsrError, match="one of several experts in one tensor"):
-            allocate(metrics, **request)
+        with pytest.raises(HtsrError, match="all are the base's own experts"):
+            allocate(mixture(*EXPERTS), **request)
     with pytest.raises(HtsrError, match="known from metrics only"):
         allocate(None, strategy="uniform", layers=3, params=9999)
 

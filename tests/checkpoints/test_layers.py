@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, TensorRef
 from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.rules import left_alone
+from htsr_alloc.checkpoints.stacks import other_stacks
 from htsr_alloc.errors import HtsrError
 
 
@@ -20,7 +22,7 @@ def refs(tensors, dtype="BF16"):
 
 
 def place(tensors, **options):
-    """The map, after checking what holds for every model: each tensor is accounted for once."""
+    """The layer map, after the check of every model: each tensor is in it once."""
     listed = refs(tensors)
     found = map_layers(listed, **options)
     everywhere = [
@@ -728,3 +730,83 @@ def test_real_checkpoints(checkpoint, name, layers, found_roles):
     assert [roles(found, i) for i in range(layers)] == [found_roles] * layers
     assert len(found.matrices) == layers * len(found_roles)
     assert len(found.matrices) + len(found.skipped) == len(opened.tensors)
+
+
+def test_a_stack_that_is_left_out_vanishes():
+    inner = {"attn.q_proj.weight": (64, 64)}
+    text, vision = numbered("language_model.layers", 3), numbered("visual.blocks", 2)
+    tensors = under([*text, *vision], inner)
+    whole = place(tensors)
+    assert whole.prefixes == (*text, *vision)
+    found = place(tensors, exclude=other_stacks(whole.prefixes, "visual"))
+    assert found.prefixes == tuple(vision)
+    assert [m.layer for m in found.matrices] == [0, 1]
+    found = place(tensors, exclude=other_stacks(whole.prefixes, "language_model"))
+    assert found.prefixes == tuple(text)
+    kept = place(tensors, exclude=["*layers.1.*"])  # a layer of a stack that stays is still one
+    assert kept.prefixes == (*text, *vision)
+
+
+def test_experts_with_a_word_before_their_number():
+    """Switch and NLLB: mlp.experts.expert_3.wi."""
+    stem = "encoder.block.1.layer.1.mlp"
+    tensors = {
+        **{
+            f"{stem}.experts.expert_{i}.{w}.weight": (16, 8) for i in range(3) for w in ("wi", "wo")
+        },
+        f"{stem}.router.classifier.weight": (3, 8),
+        "encoder.block.1.layer.0.SelfAttention.q.weight": (8, 8),
+    }
+    found = place(tensors)
+    assert {(m.role, m.expert) for m in found.matrices if m.expert is not None} == {
+        (role, i) for i in range(3) for role in ("wi", "wo")
+    }
+    assert roles(found, 1) == {"q"}
+    assert reasons(found) == {f"{stem}.router.classifier.weight": "router"}
+
+
+@pytest.mark.parametrize(
+    ("stack", "block"), [("swin.encoder.layers", "{}.blocks.{}"), ("encoder.block", "{}.{}")]
+)
+def test_blocks_of_stages_are_the_layers(stack, block):
+    """Swin and SegFormer: four stages of several blocks each, whose widths differ."""
+    inner = {"attention.self.query.weight", "mlp.fc1.weight"}
+    depths = (2, 1, 3)
+    prefixes = [f"{stack}.{block.format(i, j)}" for i, n in enumerate(depths) for j in range(n)]
+    tensors = {f"{p}.{name}": (64, 32) for p in prefixes for name in inner}
+    beside = f"{stack}.0.downsample.reduction.weight"
+    found = place({**tensors, beside: (64, 128)})
+    assert found.prefixes == tuple(prefixes)
+    assert [m.layer for m in found.matrices] == sorted(2 * list(range(sum(depths))))
+    assert roles(found, 0) == {"query", "fc1"}
+    assert reasons(found) == {beside: "outside the blocks"}
+
+
+def test_experts_of_jetmoe_and_heads_of_xlnet():
+    block = "model.layers.0"
+    jetmoe = {
+        f"{block}.mlp.input_linear.weight": (4, 192, 64),
+        f"{block}.mlp.router.layer.weight": (4, 64),
+        f"{block}.self_attention.experts.output_linear.weight": (4, 64, 32),
+        f"{block}.self_attention.experts.router.layer.weight": (4, 64),
+        f"{block}.self_attention.kv_proj.weight": (64, 64),
+    }
+    found = place(jetmoe)
+    assert len(expert_roles(found, 0)) == 2
+    assert sum(m.expert is not None for m in found.matrices) == 8
+    assert set(reasons(found).values()) == {"router"}
+    block = "transformer.layer.0"
+    xlnet = {f"{block}.rel_attn.{w}": (64, 4, 16) for w in "qkvor"}
+    found = place({**xlnet, f"{block}.rel_attn.seg_embed": (2, 4, 16)})
+    assert [(m.shape, m.expert) for m in found.matrices] == [((64, 64), None)] * 5
+    assert all(left_alone(m.module) for m in found.matrices)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attention.self.distance_embedding.weight", "attn.rel_pos_emb.weight",
+     "attention.self.rel_attn_embed.weight", "ffn.gate.tid2eid"],
+)  # fmt: skip
+def test_tables_of_positions_and_of_tokens_are_no_matrices(name):
+    tensors = {f"encoder.layer.0.{name}": (64, 32), "encoder.layer.0.mlp.fc1.weight": (64, 32)}
+    assert set(reasons(place(tensors))) == {f"encoder.layer.0.{name}"}

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.collapse import collapse
 from htsr_alloc.lora_moe.gated import UNGATED
 from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.saved import read_gated
@@ -127,3 +128,22 @@ def test_tensors_of_another_configuration_are_refused(tmp_path):
     )
     with pytest.raises(HtsrError, match="not A and B"):
         read_gated(tmp_path)
+
+
+def test_one_prompt_of_em_lora_becomes_a_plain_lora_exactly(tmp_path):
+    """The documented way to serve EM-LoRA: collapse it on the one prompt it will answer."""
+    model = saved(tmp_path / "em", "em_lora", {})
+    prompt = tiny.tokens(1, 7)
+    row = torch.cat([prompt, tiny.tokens(1, 3, seed=1)], 1)
+    labels = row.clone()
+    labels[:, :7] = -100
+    made = collapse(model, [{"input_ids": row, "labels": labels}])
+    assert made.error < 1e-6
+    made.save(tmp_path / "plain")
+    plain = PeftModel.from_pretrained(tiny.llama(), str(tmp_path / "plain")).eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want, got = model.generate(prompt, **settings), plain.generate(prompt, **settings)
+    assert torch.equal(want, got)
+    with torch.no_grad(), model.disable_adapter():
+        bare = model(row, labels=labels).logits
+    assert (bare - plain(row).logits).abs().max() > 1e-2

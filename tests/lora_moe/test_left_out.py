@@ -13,10 +13,11 @@ from helpers import moe_tiny as tiny
 pytest.importorskip("peft", reason="needs the extra [train]")
 
 from htsr_alloc.allocation import allocate
-from htsr_alloc.checkpoints.layers import is_router
+from htsr_alloc.checkpoints.rules import is_router
+from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
 from htsr_alloc.lora_moe.build import describe
-from htsr_alloc.lora_moe.linears import widths
+from htsr_alloc.lora_moe.linears import left_alone_in, widths
 from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.resolve import resolve_layers
 from htsr_alloc.records import Evidence, Module
@@ -134,3 +135,56 @@ def test_build_says_which_listed_linear_gets_none():
     assert {layer.name.rpartition(".")[2] for layer in layers_of(model)} == {"in_proj"}
     rows = describe(model, resolve_layers(model.get_base_model(), allocation))
     assert [row.modules for row in rows] == [1, 1]
+
+
+FEED_FORWARD = {  # of a block, by the classes of the base
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64},
+                        {"mlp.c_fc", "mlp.c_proj"}),
+    "BertForMaskedLM": ("BertConfig", SMALL, {"intermediate.dense", "output.dense"}),
+    "OPTForCausalLM": ("OPTConfig", {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2,
+                                     "num_attention_heads": 2, "vocab_size": 64,
+                                     "word_embed_proj_dim": 16}, {"fc1", "fc2"}),
+    "FalconForCausalLM": ("FalconConfig", {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+        "ffn_hidden_size": 24}, {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+    "SeedOssForCausalLM": ("SeedOssConfig", {**SMALL, "head_dim": 8},
+                           {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_mor_adapts_the_feed_forward_linears_whatever_their_names(name):
+    config, settings, wanted = FEED_FORWARD[name]
+    torch.manual_seed(0)
+    allocation = allocate(None, strategy="explicit", experts=(2, 2))
+    for how in ("build", "default"):
+        base = getattr(transformers, name)(getattr(transformers, config)(**settings))
+        if how == "build":
+            model = build(base, allocation, r=2, system="mor")
+        else:
+            model = tiny.adapted("mor", model=base, num_experts=2, task_type=None)
+        blocks = {layer.name.partition(f".{i}.")[2] for i in "01" for layer in layers_of(model)}
+        assert blocks - {""} == wanted
+        assert len(list(layers_of(model))) == 2 * len(wanted)
+
+
+def test_a_base_without_feed_forward_linears_is_refused():
+    allocation = allocate(None, strategy="explicit", experts=(2, 2))
+    with pytest.raises(HtsrError, match="no linear to adapt"):
+        build(made("OlmoeForCausalLM"), allocation, r=2, system="mor")
+    with pytest.raises(HtsrError, match="MoR adapts feed-forward linears, and the model has none"):
+        tiny.adapted("mor", model=mamba(), num_experts=2)
+
+
+def test_what_is_left_alone_is_listed():
+    base = made("Qwen2MoeForCausalLM")
+    prefixes = ["model.layers.0", "model.layers.1"]
+    build(base, allocate(None, strategy="explicit", experts=(2, 2)), r=2)
+    found = {(row.name, row.count, row.reason) for row in left_alone_in(base, prefixes)}
+    experts = "one of the base's own experts, 2 in one tensor"
+    assert found == {
+        ("model.layers.*.mlp.experts.gate_up_proj", 2, experts),
+        ("model.layers.*.mlp.experts.down_proj", 2, experts),
+        ("model.layers.*.mlp.shared_expert_gate", 2, "router"),
+    }
+    assert {row.count for row in left_alone_in(base, prefixes[:1])} == {1}

@@ -165,7 +165,7 @@ def test_what_came_later_is_written_only_where_it_is_used():
     later = json.loads(dumps(WHOLE))
     assert set(later) - set(first) == {"modules", "parameters"}
     assert set(later["strategy"]) - set(first["strategy"]) == {
-        "spread", "farms", "scores", "pool", "targets",
+        "spread", "farms", "scores", "pool", "targets", "stack", "score_over",
     }  # fmt: skip
     assert set(later["model"]) - set(first["model"]) == {"parameters"}
 

@@ -6,7 +6,9 @@ make serve-demo      (an environment of its own, because vLLM pins transformers)
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -27,7 +29,15 @@ from helpers import training_tiny
 pytestmark = pytest.mark.server
 SYSTEMS = ("alphalora", "goat", "goat_plus", "mor", "hydra", "adamole")
 ADAPTERS, SLOTS, REQUESTS, TOKENS = 20, 4, 1000, 3
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "initializer_range": 0.08,
+}
+# Random gates amplify rounding: transformers in float32 is up to 1e-3 from float64. How exact
+# the server is, test_vllm.py says.
+CLOSE, APART = 5e-3, 2e-2
 PROMPTS = [tiny.tokens(1, 4 + i % 5, seed=i)[0].tolist() for i in range(32)]
 
 
@@ -45,7 +55,7 @@ def folder(tmp_path_factory):
             model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
         else:
             model = tiny.adapted(kind, model=base, num_experts=2 + i % 3)
-        tiny.move(model, seed=i, size=0.2)
+        tiny.move(model, seed=i, size=0.05)
         model.save_pretrained(str(made / f"a{i}"))
     return made
 
@@ -148,9 +158,14 @@ def names():
 
 
 def check(answer, want) -> None:
-    tokens, logs = answer
-    assert tokens == want[0]
-    assert max(abs(a - b) for a, b in zip(logs, want[1], strict=True)) < 1e-4
+    assert distance(answer, want) < CLOSE
+
+
+def distance(one, other) -> float:
+    """The largest difference of a log-probability; infinite where the tokens differ."""
+    if one[0] != other[0]:
+        return math.inf
+    return max(abs(a - b) for a, b in zip(one[1], other[1], strict=True))
 
 
 def test_no_request_gets_another_adapters_answer(server, wanted, folder):
@@ -158,8 +173,11 @@ def test_no_request_gets_another_adapters_answer(server, wanted, folder):
         (name := (["model", *names()][i % (ADAPTERS + 1)]), i * 7 % len(PROMPTS))
         for i in range(REQUESTS)
     ]
-    told = {str([(t, [round(v, 3) for v in logs]) for t, logs in w]) for w in wanted.values()}
-    assert len(told) == len(wanted)  # each adapter's answers are its own
+    pairs = list(itertools.combinations(wanted.values(), 2))
+    apart = [
+        distance(a, b) > APART for one, other in pairs for a, b in zip(one, other, strict=True)
+    ]
+    assert sum(apart) > 0.97 * len(apart)  # an adapter's answers are its own
     base = str(folder / "model")
 
     def one(pair):

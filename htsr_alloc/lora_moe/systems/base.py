@@ -66,7 +66,7 @@ class System:
         has_top_k: whether a setting says how many experts a token uses. top_k: its default.
         balance_coef: default weight of the balance loss; 0 where there is none.
         takes_allocation: whether an allocation of experts applies to it.
-        targets: last parts of the names of the linears it adapts by default; empty: every linear.
+        feed_forward_only: whether by default it adapts the feed-forward linears, not every one.
         budget_knob: what a study changes to meet a budget of parameters.
         budget_experts: experts of each layer while the rank is changed; None: as allocated.
         bilevel: whether some of its parameters learn from validation rows.
@@ -86,7 +86,7 @@ class System:
     top_k: ClassVar[int] = 2
     balance_coef: ClassVar[float] = 1e-3
     takes_allocation: ClassVar[bool] = True
-    targets: ClassVar[tuple[str, ...]] = ()
+    feed_forward_only: ClassVar[bool] = False
     budget_knob: ClassVar[Literal["experts", "rank"] | None] = None
     budget_experts: ClassVar[int | None] = None
     bilevel: ClassVar[bool] = False

@@ -14,8 +14,6 @@ from htsr_alloc.lora_moe.systems.base import BALANCE, Inputs, Shape, System, cho
 
 ROUTERS = ("learnt", "mean")
 STD = 0.02  # of the router's start, and of the noise around λ = 1
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi",
-                "wo", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h")  # fmt: skip
 
 
 class Mor(System):
@@ -29,7 +27,7 @@ class Mor(System):
     settings = (*BALANCE, "mor_router")
     defaults: ClassVar = {"lora_alpha": 32, "learning_rate": 2e-4}  # section 4.1
     balance_coef = 0.0
-    targets = FEED_FORWARD
+    feed_forward_only = True
     budget_knob = "rank"
     budget_experts = 8
 
