@@ -208,6 +208,57 @@ def test_integers_of_no_known_format_are_refused_unread(tmp_path, parts):
         plan(open_checkpoint(folder), Settings("median"))
 
 
+CT = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+FORMS = {
+    "gptq": (GPTQ, {"bits": 4}),
+    "awq": (AWQ, {}),
+    "nf4": (NF4 | state(WHOLE), {}),
+    "fp4": ({"weight": torch.zeros(64, 32, dtype=U8), "weight_scale": torch.ones(64, 2)}, {}),
+    "fp8": (
+        {"weight": randn(64, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(2, 2)},
+        {},
+    ),
+    "compressed-tensors": (
+        {
+            "weight_packed": torch.zeros(64, 8, dtype=I32),
+            "weight_scale": torch.ones(64, 2),
+            "weight_zero_point": torch.zeros(8, 2, dtype=I32),
+            "weight_g_idx": torch.arange(64, dtype=I32) // 32,
+            "weight_shape": torch.tensor([64, 64]),
+        },
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": CT}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_of_any_shape_and_dtype_end_in_a_sentence_or_a_matrix(tmp_path, form):
+    if form == "compressed-tensors":
+        pytest.importorskip("compressed_tensors", reason="needs the extra [quantized]")
+    whole, config = FORMS[form]
+    made = np.random.default_rng(0)
+    dtypes = [torch.float32, torch.float16, torch.uint8, torch.int8, torch.int32, torch.int64]
+    sizes = [0, 1, 2, 3, 8, 32, 63, 64, 65]
+    read = refused = 0
+    for trial in range(60):
+        parts = dict(whole)
+        if trial:
+            name = made.choice(list(whole))
+            shape = [int(n) for n in made.choice(sizes, made.integers(0, 4))]
+            parts[name] = torch.ones(shape).to(dtypes[made.integers(len(dtypes))])
+        folder = saved(tmp_path / "m", under(MODULE.format(0), parts), config)
+        try:
+            checkpoint = open_checkpoint(folder)
+            for ref in checkpoint.tensors:
+                if ref.packed is not None:
+                    assert checkpoint.read(ref).shape == ref.shape
+                    read += 1
+        except HtsrError:
+            refused += 1
+    assert read
+    assert refused
+
+
 def test_a_library_that_is_absent_is_named_before_the_work(tmp_path, monkeypatch):
     parts = {"weight_packed": torch.zeros(64, 8, dtype=I32), "weight_scale": torch.ones(64, 2)}
     said = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.checkpoints.listing import TensorRef
-from htsr_alloc.checkpoints.quantised.base import Format, Parts, Read, no_library
+from htsr_alloc.checkpoints.quantised.base import Format, Parts, Read, misfit, no_library
 from htsr_alloc.checkpoints.quantised.bnb import BITSANDBYTES
 from htsr_alloc.checkpoints.quantised.compressed import COMPRESSED
 from htsr_alloc.checkpoints.quantised.fp4 import FP4
@@ -68,7 +68,13 @@ def decode(ref: TensorRef, parts: Parts) -> torch.Tensor:
         HtsrError: they do not fit each other, or a library is not installed.
     """
     assert ref.packed is not None
-    return FORMATS[ref.packed.format].decode(ref, parts)
+    try:
+        return FORMATS[ref.packed.format].decode(ref, parts)
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        if "memory" in str(error):
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise misfit(ref, why) from error
 
 
 def check_libraries(refs: Iterable[TensorRef]) -> None:

@@ -103,18 +103,12 @@ def _decode(ref: TensorRef, parts: Parts) -> torch.Tensor:
         values = values if order is None else values[:, order]
         own = scale[part] if len(scale) == m else scale
         point = zero[part] if zero is not None and len(zero) == m else zero
-        try:
-            made = dequantize(values, own, point, args)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise misfit(ref, str(error).splitlines()[0].rstrip(".")) from None
+        made = dequantize(values, own, point, args)
         if order is None:
             return made
         return torch.empty_like(made).index_copy_(1, order, made)
 
-    try:
-        args = QuantizationArgs.model_validate(settings)
-    except ValueError as error:
-        raise misfit(ref, f"{error.__class__.__name__} in its quantization_config") from None
+    args = QuantizationArgs.model_validate(settings)
     if args.strategy == "block":
         return rows(slice(None))
     return by_rows(m, n, rows)

@@ -43,11 +43,13 @@ def _find_gptq(there: There, config: Mapping[str, Any], read: Read) -> Iterator[
     settings = settings_of(config)
     for module, ref, parts in _weights(there):
         outputs, bits = ref.shape[1], settings.get("bits", 4)
-        inputs = ref.shape[0] * 32 // bits if bits in GPTQ_BITS else 0
-        if "g_idx" in parts:  # tells them, whatever the configuration says of this module
+        inputs = ref.shape[0] * 32 // bits if type(bits) is int and bits in GPTQ_BITS else 0
+        if (
+            "g_idx" in parts and len(parts["g_idx"].shape) == 1
+        ):  # tells them, whatever the configuration says of this module
             inputs = parts["g_idx"].shape[0]
             bits = 32 * ref.shape[0] // max(1, inputs)
-        if bits not in GPTQ_BITS or 32 * ref.shape[0] != bits * inputs:
+        if not inputs or bits not in GPTQ_BITS or 32 * ref.shape[0] != bits * inputs:
             continue
         if parts["scales"].shape[1] != outputs:
             continue
