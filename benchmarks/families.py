@@ -47,26 +47,55 @@ SIZES = (
     (r"sliding_window(_size)?|attention_window|window_size|rotary_dim", 16),
 )  # fmt: skip
 COMPUTED = {"layers_block_type", "moe_layers", "rope_scaling", "per_layer_config",
+            "attention_layers",
             "model_type", "transformers_version", "dtype", "architectures",
             "_name_or_path", "out_features", "out_indices"}  # fmt: skip
 KINDS = ("layer_types", "mlp_layer_types")  # of layers: two different ones, where there are
+DEFAULTS = {"head_dim": 16, "num_key_value_heads": 4}  # where a configuration leaves them open
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+HALF = {**DEFAULT_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+MROPE = {"rope_parameters": {**DEFAULT_ROPE, "mrope_section": [2, 3, 3]}}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
-# What the names do not say.
+MIXED = {"layer_types": ["mamba", "attention"]}
+STARTS = {"vision_start_token_id": 101, "audio_start_token_id": 102}
+# What the names do not say, by model type.
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text",
+                     "paddleocr_vl_text", "qwen2_5_omni_text", "qwen3_omni_moe_text"), MROPE),
+    "glm4v_moe_text": {"rope_parameters": HALF},
+    "qwen2_5_omni_thinker": STARTS,
+    "qwen3_omni_moe_thinker": STARTS,
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "granitemoehybrid": MAMBA,
+    "granitemoehybrid": MAMBA | MIXED,
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma3n_text": {"intermediate_size": 96},
-    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gemma3n_text": {"intermediate_size": 96, "activation_sparsity_pattern": None,
+                     "num_kv_shared_layers": 0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "xlnet": {"d_head": 16},
+    "xlstm": {"num_blocks": 2, "hidden_size": 64, "embedding_dim": 64, "num_heads": 4},
+    "xmod": {"default_language": "en_XX"},
     "marian": {"pad_token_id": 1, "decoder_start_token_id": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
-}
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},
+    "swin": {"image_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 24,
+             "depths": [2, 2], "num_heads": [2, 4]},
+    "swinv2": {"image_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 24,
+               "depths": [2, 2], "num_heads": [2, 4]},
+    "donut-swin": {"image_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 24,
+                   "depths": [2, 2], "num_heads": [2, 4]},
+    "mobilebert": {"embedding_size": 64, "hidden_size": 64, "intra_bottleneck_size": 64,
+                   "true_hidden_size": 64},
+}  # fmt: skip
+# Families whose models want more than their task's inputs, or others.
+SEES, WRITES = {"blip", "vision-encoder-decoder"}, {"t5gemma2", "vision-encoder-decoder"}
+READS = {"imagegpt"}  # pixels as the numbers of their clusters
 TASKS = {  # task -> the Auto class's table, and the inputs that its models take
     "vl": ("IMAGE_TEXT_TO_TEXT", ("text",)),
     "lm": ("CAUSAL_LM", ("text",)),
@@ -99,7 +128,7 @@ STEPS = ("made", "analysed", "allocated", "built", "trained", "reloaded")
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration's dictionary with small numbers."""
-    small = {key: _small(key, value) for key, value in values.items() if key not in COMPUTED}
+    small = {key: _small(str(key), value) for key, value in values.items() if key not in COMPUTED}
     if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
         small["num_key_value_heads"] = small["num_attention_heads"]
     for name in KINDS:
@@ -113,6 +142,8 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small(key: str, value: Any) -> Any:
+    if value is None:
+        return DEFAULTS.get(key)
     if isinstance(value, dict):
         return {**shrunk(value), **{k: value[k] for k in ("model_type",) if k in value}}
     if isinstance(value, bool) or not isinstance(value, int):
@@ -167,6 +198,12 @@ def tiny_model(task: str, model_type: str) -> Any:
 def inputs_of(task: str, model: Any) -> dict[str, torch.Tensor]:
     """Two rows, the second of them padded; or two images."""
     needs = TASKS[task][1]
+    if model.config.model_type in SEES:
+        needs = (*needs, "image")
+    if model.config.model_type in WRITES:
+        needs = (*needs, "target")
+    if model.config.model_type in READS:
+        needs = ("text",)
     generator = torch.Generator().manual_seed(1)
     given: dict[str, torch.Tensor] = {}
     if "text" in needs:
@@ -177,7 +214,7 @@ def inputs_of(task: str, model: Any) -> dict[str, torch.Tensor]:
         given["decoder_input_ids"] = torch.randint(10, 90, (2, 6), generator=generator)
     if "image" in needs:
         config = getattr(model.config, "vision_config", model.config)
-        size = getattr(config, "image_size", 64)
+        size = getattr(getattr(config, "encoder", config), "image_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(config, "num_channels", 3)
         given["pixel_values"] = torch.randn(2, channels, height, width, generator=generator)

@@ -51,7 +51,7 @@ def eval_samples(wheel: Path, name: str) -> list[tuple[str, str]]:
 
 
 def sarcasm(wheel: Path) -> list[Row]:
-    """News headlines, from The Onion or in earnest."""
+    """News headlines, from The Onion or real."""
     return [
         {
             "prompt": f"Headline: {headline}\nThis headline is",

@@ -43,7 +43,7 @@ def examples(page: Path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, checkpoint) -> Path:
-    """What the pages say is there."""
+    """A folder with the files and commands that the pages use."""
     for name in ("minilm.metrics.json", "minilm.spectra.safetensors"):
         shutil.copy(ROOT / "data" / name, tmp_path)
     shutil.copy(

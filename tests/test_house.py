@@ -107,6 +107,7 @@ OTHERS = {
     "exports/mola.py",
     "exports/axolotl.py",
     "serving/launch.py",
+    "ms_swift/__init__.py",
 }  # they write other programs' options
 COMMANDS = re.compile(r"(htsr|torchrun|python -m) .*")  # a whole command may have its options
 

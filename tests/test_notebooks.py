@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is kept of their output is small."""
+"""The notebooks run from top to bottom, and their kept output is small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""uv.lock and constraints.txt say the same, and name the public registry alone."""
+"""uv.lock and constraints.txt agree, and name only the public registry."""
 
 from __future__ import annotations
 

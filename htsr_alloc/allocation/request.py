@@ -216,7 +216,8 @@ def read_settings(strategy: str, texts: Mapping[str, str]) -> dict[str, Any]:
         HtsrError: a setting that the strategy does not have, or a text that is not of its type.
     """
     check_choice("strategy", strategy, STRATEGIES)
-    kinds, made = get_type_hints(STRATEGIES[strategy]), {}
+    kinds: dict[str, Any] = get_type_hints(STRATEGIES[strategy])
+    made: dict[str, Any] = {}
     for key, text in texts.items():
         check_choice("setting", key, SETTINGS)
         _check_owner(strategy, key)
@@ -231,7 +232,7 @@ def _settings(strategy: str) -> set[str]:
     return {each.name for each in fields(STRATEGIES[strategy])}
 
 
-SETTINGS = sorted(set().union(*map(_settings, STRATEGIES)))  # of all strategies
+SETTINGS = sorted({key for name in STRATEGIES for key in _settings(name)})  # of all strategies
 
 
 def _check_owner(strategy: str, key: str) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from htsr_alloc.checkpoints.layers import EXPERT, left_alone
+from htsr_alloc.checkpoints.rules import EXPERT, left_alone
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics, Model
 
@@ -126,7 +126,7 @@ def selected(metrics: Metrics, targets: Sequence[str]) -> list[Matrix]:
     """The matrices that ``build`` adapts: of a target's role, or of one that ends in it, or any.
 
     The base's own experts and linears on which an adapter would never act are no such matrices
-    (``checkpoints.layers.left_alone``): an allocation's parameters are those that become trainable.
+    (``checkpoints.rules.left_alone``): an allocation's parameters are those that become trainable.
 
     Raises:
         HtsrError: a target that no matrix has, or none that is adapted; nothing to adapt.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -263,23 +262,16 @@ def _assemble(
             architecture=checkpoint.architecture,
             num_layers=len(layer_map.prefixes),
             parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors if ref.is_float),
-            dequantised=_dequantised(layer_map.matrices),
+            dequantised=tuple(
+                Dequantised(form, dtype, count, quantised.decoder(form) or None)
+                for form, dtype, count in quantised.kinds(m.ref for m in layer_map.matrices)
+            ),
         ),
         settings=settings,
         spectra=None,
         matrices=tuple(matrices),
         layers=summarise(matrices, layer_map.prefixes),
         skipped=tuple(Skipped(*item) for item in (*layer_map.skipped, *unindexed)),
-    )
-
-
-def _dequantised(matrices: Iterable[MatrixRef]) -> tuple[Dequantised, ...]:
-    """What was dequantised: how many matrices, of which format and dtype."""
-    packed = (matrix.ref for matrix in matrices)
-    kinds = Counter((ref.packed.format, ref.dtype) for ref in packed if ref.packed is not None)
-    return tuple(
-        Dequantised(form, dtype, count, quantised.decoder(form) or None)
-        for (form, dtype), count in sorted(kinds.items())
     )
 
 

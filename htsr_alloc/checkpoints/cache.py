@@ -1,8 +1,8 @@
 """The hub's cache on this machine, in huggingface_hub's layout: blobs, and snapshots of links.
 
-The files are fetched by ``Ranges`` and not by huggingface_hub, which writes to whatever path a
-server's ETag makes, and as much as the server sends. Here a blob's name is a hash that the listing
-gave, checked to be one, and nothing longer than listed is written.
+The files are fetched by ``Ranges``, not by huggingface_hub: there a server's ETag chooses the path
+that is written to, and the server how many bytes. Here a blob is named by its hash in the listing,
+which is checked, and no more bytes than listed are written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HubCache:
     def fetch(self, file: RemoteFile, ranges: Ranges) -> Path:
         """The path of a file, downloaded where it is not there yet.
 
-        A download that was cut goes on where it stopped; another process's is waited for.
+        An interrupted download is resumed; for another process's download it waits.
 
         Raises:
             HtsrError: it cannot be written, or a small file does not have the hash that was listed.
@@ -57,7 +57,7 @@ class HubCache:
                 else:
                     partial.unlink(missing_ok=True)
             if not path.exists():
-                path.unlink(missing_ok=True)  # a link to a blob that has gone
+                path.unlink(missing_ok=True)  # a link to a blob that was deleted
                 with suppress(FileExistsError):
                     path.symlink_to(Path("..", "..", "blobs", blob.name))
         except OSError as error:
@@ -77,7 +77,7 @@ class HubCache:
 
 
 def download(file: RemoteFile, ranges: Ranges, partial: Path) -> None:
-    """Add to ``partial`` what it lacks of the file."""
+    """Append the rest of the file to ``partial``."""
     with open(partial, "ab") as out:
         place = out.tell()
         if place > file.nbytes:

@@ -1,7 +1,7 @@
 """The header of a safetensors file: read by any reader of ranges, checked before it is believed.
 
 The checks are the safetensors library's own (tests compare the two), made here because only the
-header of a remote file is at hand, and because a mapped file that shrinks kills the process.
+header of a remote file is available, and because a mapped file that shrinks kills the process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
 
     Raises:
         HtsrError: no safetensors header, or one that does not describe a file of this size:
-            too long, no JSON, a name twice or not Unicode, an unknown dtype, offsets that overlap,
+            too long, not JSON, a duplicate name, one that is not Unicode, an unknown dtype, offsets
+            that overlap,
             leave a gap or leave the file, or that do not fit the shape.
     """
     try:

@@ -43,11 +43,11 @@ def open_hub(
     offline: bool,
     shards: str,
 ) -> Checkpoint:
-    """List a hub repository's tensors; weights move when they are read.
+    """List a hub repository's tensors; weights are downloaded when they are read.
 
-    Tensor headers come by range requests, so that nothing large moves before the plan is
-    made. The revision is resolved to a commit once and every later request names that. Offline
-    (the argument or HF_HUB_OFFLINE) only the local cache is used.
+    Tensor headers are read by range requests, so that nothing large is downloaded before the plan
+    is made. The revision is resolved to a commit once, and every later request names that commit.
+    Offline (the argument or HF_HUB_OFFLINE) only the local cache is used.
 
     Raises:
         HtsrError: no such repository, revision or file, a gated or private repository, no
@@ -81,7 +81,7 @@ def _online(
             raise HtsrError(f"{name} of {repo_id} has {file.nbytes} bytes, too many.")
         if shards != "stream":
             return read_small(cached(name) or cache.fetch(file, ranges))
-        content = bytearray(file.nbytes)  # a stream leaves nothing on the disk
+        content = bytearray(file.nbytes)  # streaming writes nothing to disk
         ranges.read(file, 0, memoryview(content), whole=True)
         return bytes(content)
 
@@ -126,10 +126,10 @@ def _online(
 def _list_files(
     ranges: Ranges, repo_id: str, revision: str | None
 ) -> tuple[str, list[str], dict[str, RemoteFile]]:
-    """The commit that a revision is at, its files in no sub-folder, and those of use.
+    """A revision's commit, the names of its files outside sub-folders, and the files to read.
 
     Raises:
-        HtsrError: as ``open_hub``, or a listing that is not one.
+        HtsrError: as ``open_hub``, or an invalid listing.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -160,7 +160,7 @@ def _list_files(
 
 
 def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
-    """From the cache: what an online run listed, or else whatever folder the cache has."""
+    """From the cache: what an online run listed, or else the snapshot in the cache."""
     import huggingface_hub
 
     notes, cache = Notes(root, repo_id), HubCache(root, repo_id)

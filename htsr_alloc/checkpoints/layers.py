@@ -1,7 +1,7 @@
 """From tensor names to places in the model: (layer, role, expert), or a reason to leave out.
 
-What is known about naming is data (the three tables below); the rules that use it are general,
-so that a model nobody has listed works when its blocks are numbered.
+What is known about naming is data (the table below, and those of ``rules``); the rules that use it
+are general, so that a model nobody has listed works when its blocks are numbered.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef, natural
+from htsr_alloc.checkpoints.listing import TensorRef, natural
+from htsr_alloc.checkpoints.rules import (
+    EXPERT_WORD,
+    NUMBER,
+    expert_position,
+    is_mixture,
+    skip_reason,
+)
 from htsr_alloc.errors import HtsrError
 
 # The word before a block's number, by the families that use it. A number after any other word
@@ -29,44 +36,10 @@ STACK_WORDS = {
     "albert_layer_groups": "ALBERT",
 }
 
-STACKED_2D = r"experts\.mlp\.[wv]\d"
-# 3-d tensors that are one matrix, (d_model, heads, d_head): XLNet's, which are no linears.
-HEADS_APART = r"rel_attn\.[qkvor]"
-# Tensors that are not a weight matrix of a block, wherever they are.
-SKIPPED_NAMES = (
-    (
-        r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos|rel_pos_[hw]"
-        r"|rel_pos_emb|rel_attn_embed|seg_embed|distance_embedding)",
-        "embedding",
-    ),
-    (r"tid2eid", "table of the experts of each token"),
-    (r"(inv_freq|masked_bias|cos_cached|sin_cached|relative_position_index)", "buffer"),
-    (r"(input_scale|k_scale|v_scale|q_scale|activation_scale)", "scale of activations"),
-    (STACKED_2D, "DBRX stacks its experts in a 2-d tensor, which is not split"),
-)
-# Tensors outside every block that deserve a better reason than that.
-SKIPPED_OUTSIDE = (
-    (r"(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output_layer|head)", "output head"),
-    (r"(embed\w*|shared|patch\w*)", "embedding"),
-)
-# What names the router of a mixture, in a block that has experts.
-ROUTER_NAMES = r"(gate|router\w*|router\w*\.\w+|shared_expert_gate|wg)"
-
-# Linears that are analysed, but adapted only where they are named, and why.
-LEFT_ALONE = (
-    (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
-    (r"(^|\.)indexer\.", "what it picks has no gradient"),
-    (rf"(^|\.){HEADS_APART}$", "its heads are apart, so that it is no linear"),
-)
-EXPERT = "one of the base's own experts"
-
 # More than any model has; a hostile header could make us list billions.
 MAX_BLOCKS = 10_000
 MAX_EXPERTS = 100_000  # in a stack
 MAX_PARTS = 50  # of a dotted name
-EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
-NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
 
 @dataclass(frozen=True)
@@ -161,7 +134,7 @@ def map_layers(
     found: dict[str, set[int]] = defaultdict(set)  # stack -> its block numbers
     for ref in tensors:
         place = blocks.get(ref.name)
-        reason = _skip_reason(ref, place, place in mixtures)
+        reason = skip_reason(ref, place, place in mixtures)
         if reason is None and place is not None and limit and place[1] >= limit:
             reason = f"beyond the {limit} layers of the configuration (multi-token prediction)"
         if place is not None and reason is None:
@@ -190,7 +163,7 @@ def map_layers(
     for ref in kept:
         stack, block = blocks[ref.name]
         layer = first[stack] + block
-        position = _expert_position(ref.name)
+        position = expert_position(ref.name)
         parts = ref.name.split(".")
         experts = len(ref.shape) == 3 and EXPERT_WORD.search(ref.name)
         if experts and ref.shape[0] > MAX_EXPERTS:
@@ -265,95 +238,12 @@ def _nested(parts: Sequence[str], at: int) -> int | None:
     return None
 
 
-def _skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) -> str | None:
-    """Why a tensor is no weight matrix of a block; None when it is one (or an integer one)."""
-    name = ref.name
-    for suffix in SCALE_SUFFIXES:
-        if name.endswith("weight" + suffix):
-            return f"scale of {name.removesuffix(suffix)}"
-    base = re.sub(r"[._]weight$", "", name)
-    named = skipped_by_name(base)
-    if named is not None:
-        return named
-    if place is None:
-        for pattern, reason in SKIPPED_OUTSIDE:
-            if _names(pattern, base):
-                return reason
-        return "outside the blocks"
-    dims = len(ref.shape)
-    if dims < 2:
-        return f"{dims}-d (norm, bias or scalar)"
-    if dims > 3:
-        return f"{dims}-d (no matrix)"
-    if ref.dtype in ("BOOL", "C64"):
-        return f"dtype {ref.dtype}"
-    if not ref.is_float:
-        return None
-    if dims == 3 and _names(HEADS_APART, base):
-        return None
-    if dims == 3 and not EXPERT_WORD.search(name):
-        return "3-d, and not a stack of experts (convolution?)"
-    if dims == 3 and 0 in ref.shape:
-        return "empty"
-    if mixture and is_router(base):
-        return "router"
-    if dims == 2 and not name.endswith("weight"):
-        return "2-d, but not named a weight"
-    return None
-
-
-def skipped_by_name(module: str) -> str | None:
-    """Why a module of this full name has no weight matrix of a block, wherever it stands."""
-    found = (reason for pattern, reason in SKIPPED_NAMES if _names(pattern, module))
-    return next(found, None)
-
-
-def left_alone(module: str) -> str | None:
-    """Why a linear of this full name is adapted only where it is named; None of most.
-
-    A slice ``[i]`` of a tensor is an expert.
-    """
-    found = (reason for pattern, reason in LEFT_ALONE if re.search(pattern, module))
-    return EXPERT if module.endswith("]") or is_numbered_expert(module) else next(found, None)
-
-
-def is_mixture(name: str, dims: int) -> bool:
-    """Whether a tensor of this full name and number of dimensions belongs to experts."""
-    stacked = dims == 3 or is_numbered_expert(name) or _names(STACKED_2D, name)
-    return EXPERT_WORD.search(name) is not None and stacked
-
-
-def is_router(module: str) -> bool:
-    """Whether a module of a block that has experts is their router, or a gate, by its full name."""
-    named = re.search(rf"\.{ROUTER_NAMES}$", module) is not None
-    return named and "expert" not in module.split(".")[-2]
-
-
-def is_numbered_expert(module: str) -> bool:
-    """Whether a module is one of a mixture's experts, or a part of one, by its full name."""
-    return _expert_position(module) is not None
-
-
-def _names(pattern: str, base: str) -> bool:
-    """Whether ``pattern`` matches whole words of a dotted name."""
-    return re.search(rf"(^|\.){pattern}(\.|$)", base) is not None
-
-
-def _expert_position(name: str) -> int | None:
-    """Where in the dotted name the expert's number stands: right after a word like experts."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        if EXPERT_NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
-            return i
-    return None
-
-
 def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dict[str, str]:
     """Tensor name -> role: its path inside the block, cut to the shortest unambiguous ending."""
     inner: dict[str, tuple[str, ...]] = {}
     for ref in kept:
         path = re.sub(r"[._]?weight$", "", ref.name).split(".")
-        expert = _expert_position(ref.name)
+        expert = expert_position(ref.name)
         if expert:
             del path[expert]
         inner[ref.name] = tuple(path[blocks[ref.name][0].count(".") + 2 :])
@@ -361,7 +251,7 @@ def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dic
     per_block = Counter(
         (blocks[name], _wordy(path))
         for name, path in inner.items()
-        if _expert_position(name) is None
+        if expert_position(name) is None
     )
     ambiguous = {path for (_, path), count in per_block.items() if count > 1}
     paths = {

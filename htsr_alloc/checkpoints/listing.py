@@ -34,7 +34,7 @@ PART_DTYPES = {
     "F8_E8M0": (1, "uint8"),
 }
 # A weight's scale sits beside it under one of these names; the stored values are to be
-# multiplied by it. "inv" is DeepSeek's word for what is a plain factor.
+# multiplied by it. "inv" is DeepSeek's name; it is a plain factor.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 INDEX_NAMES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors")
@@ -117,7 +117,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bytes that come over the network, and bytes of disk that they take at a time, and where."""
+    """Bytes to download, the most bytes of disk that they take at a time, and in which folder."""
 
     download: int
     disk: int
@@ -164,7 +164,7 @@ def choose_files(
     for name, total in parts.items():
         if not total.isascii() or len(total) > 9 or counts[total] != int(total):
             raise HtsrError(
-                f"{where} does not hold all the shards that the name {name} tells of.",
+                f"{where} does not hold all the shards that the name {name} announces.",
                 "Fetch the missing shards.",
             )
     return files, None
@@ -209,13 +209,13 @@ def list_tensors(
 
 
 def parse_config(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, Any]:
-    """``config.json`` (``adapter_config.json``) beside the weights; empty when there is none."""
+    """``config.json`` (``adapter_config.json``) beside the weights; empty if there is none."""
     name = next((name for name in CONFIG_NAMES if name in names), None)
     return parse_object(read(name), name) if name else {}
 
 
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
-    """A JSON object, or a sentence that says it is none."""
+    """A JSON object; HtsrError if it is something else."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -232,7 +232,7 @@ def parse_index(text: bytes, name: str) -> dict[str, str]:
         raise HtsrError(f'{name} has no "weight_map".')
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise HtsrError(f"{name} puts {tensor} into {file!r}, which is no safetensors file.")
+            raise HtsrError(f"{name} puts {tensor} into {file!r}, which is not a safetensors file.")
         if Path(file).name != file or "\\" in file or ":" in file or "\0" in file:
             raise HtsrError(f"{name} puts {tensor} into {file!r}, which is outside its own folder.")
     return weight_map

@@ -27,7 +27,7 @@ class Notes:
         self.folder = cache / "htsr" / repo_id.replace("/", "--")
 
     def commit(self, revision: str) -> str | None:
-        """The commit that a branch or tag was at when it was last asked for."""
+        """The commit that a branch or tag was at at the last request."""
         if COMMIT.fullmatch(revision):
             return revision
         found = self._read(self._ref(revision), 40)
@@ -47,7 +47,7 @@ class Notes:
         return self._read(self._header(commit, file), 8 + MAX_HEADER)
 
     def write(self, revision: str, commit: str, files: Mapping[str, int]) -> None:
-        """Keep the listing; a cache that cannot be written to is no error."""
+        """Keep the listing; a cache that cannot be written to is not an error."""
         with suppress(HtsrError, OSError):
             for path in (self._ref(revision), self.folder / commit / "files.json"):
                 path.parent.mkdir(parents=True, exist_ok=True)

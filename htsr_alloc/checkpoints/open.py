@@ -1,4 +1,4 @@
-"""``open_checkpoint``: whatever the user names, as a list of tensors that are read one at a time.
+"""``open_checkpoint``: what the user names, as a list of tensors that are read one at a time.
 
 Nothing is ever unpickled, and no code of a model is run.
 """

@@ -1,7 +1,7 @@
 """Byte ranges of a hub's files through huggingface_hub's own client: its auth, its endpoint.
 
-A cut connection goes on at the byte where it was cut. A commit is immutable, so that every request
-names one; an answer of another commit, another file or another size is refused.
+After a lost connection the download resumes at the same byte. A commit is immutable, so every
+request names one; an answer for another commit, file or size is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from htsr_alloc.errors import HtsrError
 TRIES = 6  # in a row without progress
 PATIENCE = 60.0  # seconds without progress, waits that the server asked for not counted
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between two tries
-PROGRESS = 1 << 20  # bytes that make a try count as one that got somewhere
+PROGRESS = 1 << 20  # bytes after which a try counts as progress
 LONGEST_ASKED = 300.0  # seconds that a server may ask us to wait, in all
 SLOWEST, GRACE = 1000.0, 20.0  # bytes per second of one answer, after so many seconds
 

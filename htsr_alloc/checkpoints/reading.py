@@ -46,7 +46,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors in shard order, and how to get at them.
+    """Tensors in shard order, and how to read them.
 
     ``store`` holds the bytes. ``revision`` is the hub's commit hash, null for local files;
     ``paths`` are the local files that the checkpoint is read from.

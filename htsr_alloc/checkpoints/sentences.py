@@ -54,10 +54,10 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def short(error: Exception) -> str:
-    """The first line of an error, without what may open a door."""
+    """The first line of an error, without signed addresses."""
     return without_queries((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
 
 
 def without_queries(text: str) -> str:
-    """``text`` whose addresses end before their ``?``: a store's are signed there."""
+    """``text`` with every address cut at its ``?``, where a store's signature stands."""
     return re.sub(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1?...", text)

@@ -62,7 +62,7 @@ class CachedShards:
         self._local: dict[str, tuple[LocalFiles, Shard]] = {}
 
     def read(self, shard: Shard, begin: int, into: memoryview) -> None:
-        with self._lock:  # whatever the number of workers
+        with self._lock:  # for any number of workers
             if shard.name not in self._local:
                 path = self.fetch(shard.name)
                 local = checked(path, shard, self.remote.get(shard.name), self.cache)
@@ -90,8 +90,8 @@ class OfflineShards(CachedShards):
 class DroppedShards(CachedShards):
     """``drop``: each shard in a folder of our own until it is released.
 
-    A download that was cut, or killed, goes on where it stopped. What is in the hub's cache
-    already is read there and stays.
+    An interrupted download is resumed. What is in the hub's cache already is read there and
+    stays.
     """
 
     def __init__(

@@ -47,6 +47,7 @@ def build(
     from htsr_alloc.lora_moe.build import control as plain_lora
     from htsr_alloc.lora_moe.build import describe, empty_model, load, open_model, resolve_layers
     from htsr_alloc.lora_moe.linears import left_alone_in
+    from htsr_alloc.lora_moe.systems import DEFAULT
     from htsr_alloc.training.handing import whole_files
     from htsr_alloc.training.models import silence
 
@@ -65,6 +66,13 @@ def build(
     made = put_on(base, loaded, system=system, target_modules=target, **settings)
     left = left_alone_in(made.get_base_model(), prefixes) if target is None else []
     screen.show(views.build(made, describe(made, prefixes), left))
+    counted, trainable = loaded.parameters, made.get_nb_trainable_parameters()[0]
+    same = counted is not None and (system, target, lora.r) == (DEFAULT, None, counted.r)
+    if same and counted.spent != trainable:
+        screen.warn(
+            f"The allocation counted {counted.spent:,} trainable parameters: transformers splits "
+            "or joins matrices of this checkpoint (q, k and v; gate and up) when it loads it."
+        )
     if control is not None and text is not None:
         files.write_text(control, text)
         screen.note(f"wrote {control}")

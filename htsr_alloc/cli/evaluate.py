@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from htsr_alloc.cli import views
@@ -10,6 +11,7 @@ from htsr_alloc.cli.choices import TASK
 from htsr_alloc.cli.opening import Hub
 from htsr_alloc.cli.options import Chat, Device, Dtype
 from htsr_alloc.cli.screen import Screen
+from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import check_installed
 
 
@@ -43,7 +45,8 @@ def evaluate(
 
     Of a row with choices the model takes the one of the highest log-likelihood per character. Of
     any other row the first line that the model writes must equal the completion. With --task
-    classification the likeliest class must be the row's label.
+    classification the likeliest class must be the row's label. An adapter's folder that has a model
+    card of htsr train gets the result written into it.
 
     Examples:
         htsr evaluate --model model --data test.jsonl --adapter adapter
@@ -77,3 +80,11 @@ def evaluate(
             progress=count,
         )
     screen.show(views.score(score))
+    if trained is not None and trained == Path(adapter or ""):  # a folder of the user's
+        from htsr_alloc.training.handing import add_score
+
+        try:
+            if add_score(trained, data, score):
+                screen.note(f"added the result to {trained / 'README.md'}")
+        except HtsrError as error:  # the result is known; a card is no reason to fail
+            screen.warn(f"The adapter's card was not changed: {error.message}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from htsr_alloc.cli.screen import Table, View, duration, short, size, spans
@@ -20,10 +20,12 @@ def inspection(
     checkpoint: Checkpoint, layer_map: LayerMap, cost: Estimate, moved: Transfer
 ) -> View:
     """Equal layers once, a row for each role and shape of theirs; 80 columns."""
+    from htsr_alloc.checkpoints import quantised
+
     skipped = [
         *layer_map.skipped,
         *((name, "not in the index") for name in checkpoint.listing.unindexed),
-        *((name, "quantised to integers") for name in layer_map.quantised),
+        *((name, "quantised in a format that is not read") for name in layer_map.quantised),
     ]
     shards = checkpoint.listing.shards
     nbytes = sum(shard.nbytes for shard in shards)
@@ -60,6 +62,7 @@ def inspection(
         [Table(columns, _rows(layer_map), left=["layers", "prefix", "role"])],
         [
             *(f"left out, {reason}: {_first(names)}" for reason, names in reasons.items()),
+            *dequantised(quantised.kinds(m.ref for m in layer_map.matrices)),
             f"{checkpoint.name}: {len(layer_map.prefixes)} layers, "
             f"{len(layer_map.matrices)} matrices, {size(nbytes)} in {len(shards)} "
             f"{'file' if len(shards) == 1 else 'files'}",
@@ -68,6 +71,11 @@ def inspection(
             f"that to {size(cost.least_bytes)}",
         ],
     )
+
+
+def dequantised(kinds: Iterable[tuple[str, str, int]]) -> list[str]:
+    """One line for each (format, dtype, count) of quantised matrices."""
+    return [f"dequantised: {count} matrices of {dtype} ({form})" for form, dtype, count in kinds]
 
 
 def _rows(layer_map: LayerMap) -> list[list[object]]:

@@ -117,9 +117,11 @@ def train(
     facts = [
         f"Trained on {done.rows} rows of {Path(data).name}, {done.steps} steps, learning rate "
         f"{recipe.learning_rate:g}, seed {recipe.seed}",
-        *([f"Validation rows: {Path(validation).name}"] if validation else []),
         f"Last loss: {done.loss:.4g}; trainable parameters: {done.trainable:,}",
     ]
+    if validation is not None:
+        loss = "" if done.validation_loss is None else f", last loss {done.validation_loss:.4g}"
+        facts.append(f"Validation: {done.validation_rows} rows of {Path(validation).name}{loss}")
     if not adapter.whole:
         labels = classes_of(output) or ()
         hand_on(screen, output, base, facts, loaded, push, hub.token, labels)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from htsr_alloc.cli.inspecting import dequantised
 from htsr_alloc.cli.screen import Table, View, bar, short
 from htsr_alloc.records import Module, as_json
 from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
@@ -48,6 +49,7 @@ def metrics(found: Metrics) -> View:
         [
             f"alpha: PL_Alpha_Hill, mean over the matrices; estimator {found.settings.estimator}"
             f"{farms}; k: eigenvalues in the shortest and the longest tail",
+            *dequantised((d.format, d.dtype, d.matrices) for d in found.model.dequantised),
             *_doubtful(found),
         ],
     )

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from htsr_alloc.checkpoints.layers import (
+from htsr_alloc.checkpoints.rules import (
     EXPERT,
     is_mixture,
     is_router,

@@ -39,13 +39,17 @@ class Names:
         """The modules whose names end in ``name``."""
         return [module for module in self.modules if module.endswith("." + name)]
 
-    @cached_property
-    def _transforms(self) -> list[Any]:
+    def _transforms(self, old: bool) -> list[Any]:
+        """Transformers' renamings of this model; those of ``old`` names, never saved, too."""
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         known = isinstance(self.model, PreTrainedModel)
-        return get_model_conversion_mapping(self.model) if known else []
+        return get_model_conversion_mapping(self.model, add_legacy=old) if known else []
+
+    @cached_property
+    def _loading(self) -> list[Any]:
+        return self._transforms(old=True)
 
     @cached_property
     def _state(self) -> dict[str, Any]:
@@ -53,10 +57,10 @@ class Names:
 
     def _forward(self, name: str) -> str:
         """As transformers renames a tensor of this module when it loads it."""
-        if not self._transforms:
+        if not self._loading:
             return name
         prefix = getattr(self.model, "base_model_prefix", None)
-        renamed = _rename(name + END, self._transforms, prefix, self._state).removesuffix(END)
+        renamed = _rename(name + END, self._loading, prefix, self._state).removesuffix(END)
         for found in (renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")):
             if found in self.modules:
                 return found
@@ -73,8 +77,9 @@ class Names:
         from transformers.core_model_loading import PrefixChange
 
         found: dict[str, set[str]] = defaultdict(set)
-        kept = [each for each in self._transforms if not isinstance(each, PrefixChange)]
-        for transforms in (self._transforms, kept):
+        saving = self._transforms(old=False)
+        kept = [each for each in saving if not isinstance(each, PrefixChange)]
+        for transforms in (saving, kept):
             reverse = [transform.reverse_transform() for transform in transforms[::-1]]
             for name in self._state if reverse else ():
                 theirs = _blocks(_rename(name, reverse, reverse=True))

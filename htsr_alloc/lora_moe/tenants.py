@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from htsr_alloc.checkpoints.layers import is_numbered_expert
+from htsr_alloc.checkpoints.rules import is_numbered_expert
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.tokens import batch_axis
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from htsr_alloc.checkpoints.layers import is_numbered_expert
+from htsr_alloc.checkpoints.rules import is_numbered_expert
 
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 # Keys and values of attention over an encoder's states.

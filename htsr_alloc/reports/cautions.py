@@ -92,11 +92,12 @@ def _numbers(metrics: Metrics) -> list[Caution]:
     if rough:
         text = f"Spectra of float32 accuracy (engine fast), unguarded: {len(rough)} of {total}."
         found.append(Caution(text, tuple(m.tensor for m in rough)))
-    quantised = sorted({m.dtype for m in metrics.matrices if m.dtype.startswith(("F8", "F4"))})
+    quantised = {m.dtype for m in metrics.matrices if m.dtype.startswith(("F8", "F4"))}
+    quantised |= {kind.dtype for kind in metrics.model.dequantised}
     if quantised:
         text = (
-            f"The source is quantised ({', '.join(quantised)}): the smallest singular values are "
-            "rounding noise."
+            f"The source is quantised ({', '.join(sorted(quantised))}): the smallest singular "
+            "values are rounding noise."
         )
         found.append(Caution(text))
     if settings.include or settings.exclude:

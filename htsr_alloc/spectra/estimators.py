@@ -56,7 +56,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Tails:
-    """All of a spectrum that the rules need: ascending values, their logs, each alpha_i."""
+    """What the rules need of a spectrum: ascending values, their logs, each alpha_i."""
 
     values: np.ndarray
     logs: np.ndarray

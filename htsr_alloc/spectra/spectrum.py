@@ -1,7 +1,7 @@
 """A weight matrix's spectrum: the eigenvalues of W^T W, exactly.
 
-Engines (engines.py) compute eigenvalues; what counts as zero, and what a matrix without a
-spectrum is, is decided here, once for all of them.
+Engines (engines.py) compute eigenvalues. This module decides, for all of them, which eigenvalues
+count as zero and which matrices have no spectrum.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def spectrum(
     Args:
         weight: (m, n), any float dtype; upcast to float64 in chunks, never as a whole.
         engine: a key of ``ENGINES``.
-        device: where the float64 work runs. Out of GPU memory, the CPU takes over, which
-            ``Spectrum.engine`` tells.
+        device: where the float64 work runs. Without enough GPU memory the CPU is used, and
+            ``Spectrum.engine`` says so.
         bins: of the histogram that will be fitted: ``auto`` uses float32 only where that moves
             no eigenvalue into or out of its peak.
         farms: also pool the eigenvalues of these windows (float64 svdvals of each).

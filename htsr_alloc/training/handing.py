@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.text import printable
+
+if TYPE_CHECKING:
+    from htsr_alloc.training.evaluate import Score
 
 CONFIG = "adapter_config.json"
 CARD = "README.md"
@@ -30,6 +34,13 @@ model = {auto}.from_pretrained("{base}", num_labels={count}, ignore_mismatched_s
 model = PeftModel.from_pretrained(model, "FOLDER_OR_HUB_ID")
 ```
 """
+USE = "\n## Use\n"
+RESULTS = (
+    "## Evaluation",
+    "",
+    "| data | rows | accuracy | 95 % interval |",
+    "|---|---|---|---|",
+)
 CLASSIFIERS = {  # PEFT's task_type -> the hub's name of the task, the transformers class
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
     None: ("image-classification", "AutoModelForImageClassification"),
@@ -130,7 +141,7 @@ def card(
     text += [f"* Classes, from 0: {', '.join(labels)}"] if labels else []
     if allocation is not None:
         text += ["", "## Allocation", "", *_allocation(allocation)]
-    text += ["", "## Use", ""]
+    text += [USE]
     if mixture:
         text += [
             "PEFT does not know this kind of adapter by itself. Install the package that does, and "
@@ -162,6 +173,33 @@ def _allocation(allocation: Allocation) -> Iterator[str]:
     yield f"* Sum: {allocation.budget}"
     if allocation.modules:
         yield "* These are rounded means: each linear has a count of its own."
+
+
+def add_score(folder: Path, data: str, score: Score) -> bool:
+    """Write an evaluation into the card of a saved adapter, in place of an earlier one on as many
+    rows of the same data.
+
+    Returns:
+        Whether the folder has a card that ``finish`` wrote.
+
+    Raises:
+        HtsrError: the card cannot be read or written.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return False
+    text = files.read_bytes(path).decode("utf-8", "replace")
+    before, use, after = text.partition(USE)
+    if not use or "\n- htsr_alloc\n" not in before:
+        return False
+    name = printable(Path(data).name if Path(data).exists() else data).replace("|", "\\|")
+    start = f"| {name} | {score.n} |"
+    kept = [line for line in before.rstrip("\n").split("\n") if not line.startswith(start)]
+    if RESULTS[-1] not in kept:
+        kept += ["", *RESULTS]
+    kept.append(f"{start} {score.accuracy:.1%} | {score.low:.1%} to {score.high:.1%} |")
+    files.write_text(path, "\n".join(kept) + "\n" + use + after)
+    return True
 
 
 def push(folder: Path, repo: str, token: str | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError, check_choice
@@ -19,16 +20,50 @@ from htsr_alloc.training.settings import DTYPES
 
 
 def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
-    """A causal language model with its weights in ``dtype``.
+    """A causal language model with its weights in ``dtype``; of images and text too, for texts.
 
     Raises:
         HtsrError: no model that transformers can load from safetensors, or one that is not causal.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = open_auto(AutoModelForCausalLM, folder, dtype)
+    config = type(open_config(folder))
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kind = next((kind for kind in kinds if config in kind._model_mapping), AutoModelForCausalLM)
+    model = open_auto(kind, folder, dtype)
     refuse_unless_causal(model, str(folder))
     return model
+
+
+def refuse_unread(model: Any) -> None:
+    """Refuse adapters that texts never reach, as those of a vision tower.
+
+    Raises:
+        HtsrError: there are some, and what to allocate instead.
+    """
+    if not hasattr(model.config, "vision_config"):
+        return
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    seen: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+        for name, module in adapted.items()
+    ]
+    size = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[size // 5, 2 * size // 5]], device=model.device)
+    was = model.training
+    with torch.inference_mode():
+        model.eval()(input_ids=ids)
+    model.train(was)
+    for handle in handles:
+        handle.remove()
+    unread = [name for name in adapted if name not in seen]
+    if unread:
+        raise HtsrError(
+            f"{len(unread)} of {len(adapted)} adapted linears read no text; the first is "
+            f"{unread[0].removeprefix('base_model.model.')}.",
+            "Allocate the language model alone: htsr allocate --stack language_model.",
+        )
 
 
 def open_auto(kind: Any, folder: Path, dtype: torch.dtype, **more: Any) -> Any:

@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it; ``loss`` is the last one logged."""
+    """What came of it; ``loss`` and ``validation_loss`` are the last ones logged."""
 
     rows: int
     steps: int
@@ -82,6 +82,8 @@ class Trained:
     dtype: str
     device: str
     resumed_at: int
+    validation_rows: int = 0
+    validation_loss: float | None = None
 
 
 def train(
@@ -117,6 +119,7 @@ def train(
         heads=heads_of(model) if task.labels else (),
         steps=total_steps(len(encoded["data"]), run.recipe, processes()),
     )
+    task.refuse_unread(model)
     run.adapter.start(model.to(device), encoded["data"], task.collate, run.recipe.batch_size)
     trainer = make_trainer(
         model,
@@ -157,15 +160,18 @@ def train(
             figure.plot_run(model, history, examples, run.output / PICTURE, task.collate)
         except HtsrError as error:  # the adapter is saved; a figure is no reason to fail
             note(f"no figure: {error.message}")
+    losses = {key: [r[key] for r in history if key in r] for key in ("loss", "eval_loss")}
     return Trained(
         rows=len(encoded["data"]),
         steps=trainer.state.global_step,
-        loss=[row["loss"] for row in history if "loss" in row][-1],
+        loss=losses["loss"][-1],
         seconds=time.time() - started,
         trainable=count,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         resumed_at=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        validation_rows=len(encoded["validation"]),
+        validation_loss=next(reversed(losses["eval_loss"]), None),
     )
 
 

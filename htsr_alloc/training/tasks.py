@@ -37,6 +37,9 @@ class Task:
         """The model, its weights in ``dtype``."""
         raise NotImplementedError
 
+    def refuse_unread(self, model: Any) -> None:
+        """Refuse adapters that no row of this task reaches."""
+
     def encode(self, given: Sequence[Any]) -> list[Any]:
         """Rows to examples; each has a ``length`` by which rows are batched."""
         raise NotImplementedError
@@ -64,6 +67,10 @@ class Language(Task):
     def open_model(self, dtype: torch.dtype) -> Any:
         """A causal language model."""
         return models.open_causal_lm(self.folder, dtype)
+
+    def refuse_unread(self, model: Any) -> None:
+        """Refuse those of a vision tower."""
+        models.refuse_unread(model)
 
     def encode(self, given: Sequence[rows.Row]) -> list[tokens.Example]:
         """Prompts and answers to tokens."""

@@ -74,7 +74,7 @@ def watch(
 
     Raises:
         HtsrError: a pattern or kind that matches nothing; a weight that is quantised, sharded or
-            merged, where it is needed; ``merged`` of DoRA, which is no sum.
+            merged, where it is needed; ``merged`` of DoRA, which is not a sum.
     """
     chosen = select(model, modules)
     kinds = check_kinds(kinds, chosen)
@@ -153,7 +153,7 @@ def merged(linear: Linear, product: Product) -> torch.Tensor:
     """
     if not product.sums:
         raise HtsrError(
-            f"{linear.name} is adapted by DoRA, whose weight is no sum W + BA.",
+            f"{linear.name} is adapted by DoRA, whose weight is not a sum W + BA.",
             "Watch kinds=['base', 'ba'].",
         )
     total = linear.weight.double() + product.scale * (product.b.double() @ product.a.double())

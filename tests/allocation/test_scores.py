@@ -305,7 +305,7 @@ def test_every_new_option_from_the_command_line(data, invoke):
 
 
 def test_the_plain_file_is_as_it_was(data, invoke):
-    """No key that came later stands in an allocation that does not use it."""
+    """An allocation has no later key that it does not use."""
     assert invoke("allocate", "--T", 160, "--beta", 2.5).rc == 0
     made = json.loads((data / "smollm2.allocation.json").read_text())
     kept = json.loads((ROOT / "data" / "smollm2.allocation.json").read_text())

@@ -1,4 +1,4 @@
-"""The strategy that shrinks alphas before eq. 6 and 7."""
+"""The strategy ``shrunk``: alphas are shrunk before eq. 6 and 7."""
 
 import dataclasses
 import json

@@ -318,7 +318,7 @@ def test_refitting_equals_a_fresh_analysis(model, tmp_path):
 
 
 def record_of(line):
-    """A journal's line without its hash."""
+    """A journal's line without its hash, parsed."""
     return json.loads(line.rpartition(b" ")[0])
 
 
@@ -332,7 +332,7 @@ class KilledError(Exception):
 
 
 def small_run(tmp_path, matrices=9, **changes):
-    """A run of 14 matrices that ends without ceremony after some; each must be safe by then."""
+    """A run of 14 matrices that is killed after some; each finished one must be saved by then."""
     folder = tmp_path / "tiny"
     if not folder.exists():
         write_shards(folder, [llama()])

@@ -37,7 +37,7 @@ def analyze(folder: Path, ranks: int, *arguments: str, start_only: bool = False)
 
 
 def result(folder: Path) -> tuple[bytes, dict]:
-    """The spectra's bytes and the metrics but for the time."""
+    """The spectra's bytes, and the metrics without the time."""
     metrics = json.loads((folder / "model.metrics.json").read_text())
     del metrics["tool"]["created"]
     return (folder / "model.spectra.safetensors").read_bytes(), metrics
@@ -124,7 +124,7 @@ main()
 
 
 def one_of_two(folder: Path, seconds: int) -> subprocess.Popen:
-    """The first of two ranks, the other of which never comes."""
+    """The first of two processes; the second never starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Real checkpoints against outsiders: naive float64, float32 svdvals, WeightWatcher."""
+"""Real checkpoints against other implementations: naive float64, float32 svdvals, WeightWatcher."""
 
 import json
 from functools import cache
@@ -33,7 +33,7 @@ def analysed(request, tmp_path_factory, checkpoint):
 
 @cache
 def singular_values(folder: Path, name: str) -> np.ndarray:
-    """LAPACK's float64 singular values, ascending, by another route than the package's."""
+    """LAPACK's float64 singular values, ascending, by another algorithm than the package's."""
     checkpoint = open_checkpoint(folder)
     ref = next(ref for ref in checkpoint.tensors if ref.name == name)
     return np.linalg.svd(checkpoint.read(ref).double().numpy(), compute_uv=False)[::-1]

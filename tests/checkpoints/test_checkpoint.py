@@ -35,7 +35,7 @@ def as_bytes(tensor):
 
 
 def write_raw(path, entries):
-    """A safetensors file as the format's page has it: entries are (name, dtype, shape, bytes)."""
+    """A safetensors file by the specification: entries are (name, dtype, shape, bytes)."""
     header, data = {}, b""
     for name, dtype, shape, raw in entries:
         header[name] = {
@@ -464,7 +464,7 @@ def test_an_index_with_an_absolute_path(tmp_path):
 
 @pytest.mark.parametrize("file", ["model.bin", "", 3, None, ["x.safetensors"]])
 def test_an_index_that_names_no_safetensors_file(tmp_path, file):
-    assert "no safetensors file" in refusal(with_map(tmp_path, c=file))
+    assert "not a safetensors file" in refusal(with_map(tmp_path, c=file))
 
 
 @pytest.mark.parametrize(

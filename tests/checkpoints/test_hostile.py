@@ -1,4 +1,4 @@
-"""A hub that lies: one sentence, nothing outside the cache, bounded time and bytes."""
+"""Wrong answers of a hub: one sentence, nothing outside the cache, bounded time and bytes."""
 
 import json
 

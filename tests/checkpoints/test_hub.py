@@ -257,7 +257,7 @@ def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
 
 @pytest.fixture
 def own_hub(tmp_path):
-    """A hub whose files a test may break."""
+    """A hub with files that a test may damage."""
     model_files(tmp_path / "files" / "tiny")
     with serving(tmp_path / "files") as hub:
         yield hub

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htsr_alloc.checkpoints.layers import left_alone, map_layers
+from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES, TensorRef
 from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.rules import left_alone
 from htsr_alloc.checkpoints.stacks import other_stacks
 from htsr_alloc.errors import HtsrError
 
@@ -21,7 +22,7 @@ def refs(tensors, dtype="BF16"):
 
 
 def place(tensors, **options):
-    """The map, after checking what holds for every model: each tensor is accounted for once."""
+    """The layer map, after the check of every model: each tensor is in it once."""
     listed = refs(tensors)
     found = map_layers(listed, **options)
     everywhere = [

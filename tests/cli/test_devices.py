@@ -1,4 +1,4 @@
-"""One rule for --device, in analysis and in training."""
+"""--device means the same in analysis and in training."""
 
 import pytest
 import torch

@@ -1,9 +1,10 @@
-"""An adapter that can be handed on: tokenizer, card, collapse, generate, hub ids."""
+"""An adapter that others can use: tokenizer, card, collapse, generate, hub ids."""
 
 import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from helpers.commands import environment
@@ -64,6 +65,45 @@ def test_a_trained_folder_has_the_tokenizer_and_a_filled_card(adapter, files):
         assert said in card
     assert str(files) not in card
     assert not [path for path in adapter.iterdir() if path.name.startswith(".")]
+
+
+def test_an_evaluation_is_written_into_the_card(adapter, files, invoke):
+    import shutil
+
+    shutil.copytree(adapter, "mine")
+    before = (adapter / "README.md").read_text()
+    given = ["evaluate", "--model", files / "model", "--adapter", "mine", "--data",
+             files / "train.jsonl", "--device", "cpu", "--dtype", "float32", "--json"]  # fmt: skip
+    found = {}
+    for limit in (8, 4, 8):
+        done = invoke(*given, "--limit", limit)
+        assert done.rc == 0, done.stderr
+        found[limit] = json.loads(done.stdout)
+    text = (Path("mine") / "README.md").read_text()
+    rows = [
+        f"| train.jsonl | {n} | {found[n]['accuracy']:.1%} | {found[n]['low']:.1%} to "
+        f"{found[n]['high']:.1%} |"
+        for n in (4, 8)
+    ]
+    table = ["## Evaluation", "", "| data | rows | accuracy | 95 % interval |", "|---|---|---|---|"]
+    assert "\n".join([*table, *rows, "", "## Use"]) in text
+    assert text.replace("\n".join([*table, *rows, ""]), "", 1).split() == before.split()
+    (Path("mine") / "README.md").write_text("# my own words\n\n## Use\n")
+    assert "added the result" not in invoke(*given, "--limit", 2).stderr
+    assert (Path("mine") / "README.md").read_text() == "# my own words\n\n## Use\n"
+
+
+def test_the_card_has_the_validation_loss(files, invoke, tmp_path):
+    rows = (files / "train.jsonl").read_text().splitlines()
+    Path("held.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    done = invoke("train", files / "a.json", "--model", files / "model", "--data",
+                  files / "train.jsonl", "--validation", "held.jsonl", "-o", "mine", "--json",
+                  *TRAIN)  # fmt: skip
+    assert done.rc == 0, done.stderr
+    loss = json.loads(done.stdout)["validation_loss"]
+    assert loss > 0
+    said = f"Validation: 5 rows of held.jsonl, last loss {loss:.4g}"
+    assert said in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_a_collapsed_adapter_loads_without_htsr_alloc(adapter, files, invoke, tmp_path):

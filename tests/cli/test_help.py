@@ -151,7 +151,7 @@ def test_the_recipe_s_options_are_its_fields():
 
 
 def test_help_texts_are_phrases():
-    """A noun and a full stop in each."""
+    """Each is a phrase with a noun and a full stop."""
     for name, command in COMMANDS.items():
         for own in command.params:
             text = own.help or ""

@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing that drives it, nothing that hides in it."""
+"""What reaches the terminal: no control characters and no invisible ones."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every bad input ends in one sentence, every odd one in a mark; nothing in a traceback."""
+"""A bad input ends in one sentence, an odd one is marked; there is never a traceback."""
 
 import resource
 import subprocess

@@ -1,4 +1,4 @@
-"""What a stranger's adapter, chat template or configuration can make a library do is bounded."""
+"""Adapters, chat templates and configurations from strangers: bounded time and memory."""
 
 import json
 import random

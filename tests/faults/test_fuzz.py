@@ -1,4 +1,4 @@
-"""Whatever is in a file: a valid object or an HtsrError, in bounded time."""
+"""Any content of a file gives a valid object or an HtsrError, in bounded time."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Checkpoints as a careless or hostile stranger would make them.
+"""Checkpoints as made by mistake or by an attacker.
 
 Each entry of ``BAD`` writes one into a folder and returns the command's arguments; the command must
 end with exit code 1, one sentence, no traceback. ``bad_json`` adds metrics and allocations.
@@ -31,7 +31,7 @@ def entry(shape: Any = (2, 2), offsets: Any = (0, 16), dtype: Any = "F32") -> di
 
 
 def raw(path: Path, header: bytes, data: bytes = bytes(16), length: int | None = None) -> Path:
-    """A file with this header, whatever it says; ``length`` is what it claims to be long."""
+    """A file with this header, right or wrong; ``length`` is the length that the file states."""
     size = len(header) if length is None else length
     path.write_bytes(size.to_bytes(8, "little") + header + data)
     return path

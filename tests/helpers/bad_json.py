@@ -1,4 +1,4 @@
-"""Metrics, allocations and journals that are none; imported, they are part of ``BAD``."""
+"""Invalid metrics, allocations and journals; importing them adds them to ``BAD``."""
 
 from __future__ import annotations
 

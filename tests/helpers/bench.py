@@ -44,7 +44,7 @@ class Bench:
         return self.out / "m.journal"
 
     def finished(self) -> int:
-        """Matrices that are safe: whole lines of the journal but its first."""
+        """Matrices that are saved: whole lines of the journal after the first."""
         if not self.journal.exists():
             return 0
         return max(0, self.journal.read_bytes().count(b"\n") - 1)
@@ -72,7 +72,7 @@ class Bench:
         return text
 
     def wait_for(self, count: int, process: subprocess.Popen[str]) -> None:
-        """Until that many matrices are safe, or the process has ended."""
+        """Wait until so many matrices are saved, or the process has ended."""
         deadline = time.monotonic() + 120
         while self.finished() < count and process.poll() is None:
             assert time.monotonic() < deadline
@@ -87,7 +87,7 @@ class Bench:
         analyze(open_checkpoint(self.model), Settings("official"), output)
 
     def check(self) -> None:
-        """Both files are the undisturbed ones, and nothing lies beside them; then start afresh."""
+        """Both files equal the undisturbed ones and no other file is left; then delete them."""
         wrong = differing(self.out, self.whole)
         self.lost += wrong
         beside = {path.name for path in self.out.iterdir()} - {p.name for p in self.whole.iterdir()}
@@ -98,7 +98,7 @@ class Bench:
 
 
 def differing(one: Path, other: Path) -> int:
-    """Matrices whose record differs; all of them where anything else does."""
+    """Matrices with another record; all of them if anything else differs."""
     here, there = ((folder / "m.metrics.json") for folder in (one, other))
     if not here.exists():
         return MATRICES

@@ -46,14 +46,14 @@ def apart(what: str, *arguments: object) -> dict[str, Any]:
 
 
 def drop_the_right_to_ignore_permissions() -> None:
-    """In a child that is root: obey file modes as everybody must (PR_CAPBSET_DROP)."""
+    """In a child process of root: file modes apply as to other users (PR_CAPBSET_DROP)."""
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         libc.prctl(24, capability, 0, 0, 0)
 
 
 def llama(layers: int = 2, width: int = 64, inner: int = 96, seed: int = 0) -> dict[str, Any]:
-    """A tiny LLaMA's tensors, heavy-tailed enough for every estimator to have a tail."""
+    """A tiny LLaMA's tensors, so heavy-tailed that every estimator finds a tail."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -89,7 +89,7 @@ def other_faults(folder: Path) -> Row:
 
 
 def network_faults(folder: Path) -> Row:
-    """The gauntlet, by each way to get at the weights, against the local folder's result."""
+    """Many network faults in a row, for each way to read weights, against the local result."""
     from htsr_alloc import Settings, analyze, open_checkpoint
     from htsr_alloc.analysis.analyze import RunFiles
 
@@ -145,7 +145,7 @@ def flipped_bits(folder: Path, count: int) -> Row:
 
 
 def hostile_hubs(folder: Path) -> Row:
-    """Hubs that lie, by a command each, and listings that are none, in process."""
+    """Hubs with wrong answers, by a command each, and invalid listings, in process."""
     row = Row("a hub that lies")
     model_files(folder / "tiny")
     (folder / "victim").write_text("mine")

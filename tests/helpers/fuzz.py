@@ -44,7 +44,7 @@ ENTRY = st.fixed_dictionaries(
 
 @st.composite
 def laid_out(draw: Any) -> bytes:
-    """A file that is right, or nearly: tensors one after the other, then perhaps a change."""
+    """A valid or almost valid file: tensors one after the other, then perhaps a change."""
     sizes = {"F64": 8, "F32": 4, "BF16": 2, "U8": 1, "F8_E4M3": 1}
     tensors: dict[str, Any] = {}
     place = 0
@@ -71,7 +71,7 @@ def laid_out(draw: Any) -> bytes:
 
 
 def header(data: bytes) -> bool:
-    """As the safetensors library decides; stricter only on a duplicate name or key."""
+    """The same verdict as the safetensors library's; stricter only on a duplicate name or key."""
     try:
         deserialize(data)
         theirs = True
@@ -247,7 +247,7 @@ def line_of_rows() -> Any:
 
 @st.composite
 def table(draw: Any) -> bytes:
-    """A CSV file of scores, or nearly."""
+    """A valid or almost valid CSV file of scores."""
     cell = st.sampled_from(["0", "1", "2.5", "layer", "score", "nan", "1e999", '"', "", "=1", "\r"])
     rows = draw(st.lists(st.lists(cell, min_size=1, max_size=3), max_size=4))
     head = draw(st.sampled_from([["layer", "score"], ["prefix", "score"], ["score"], []]))

@@ -1,6 +1,6 @@
 """A small model hub on the loopback interface: ``python hub_server.py FOLDER`` prints its URL.
 
-Speaks what huggingface_hub asks: model info, tree, paths-info, and resolve with ranges, HEAD and a
+Answers what huggingface_hub asks: model info, tree, paths-info, and resolve with ranges, HEAD and a
 redirect to a store on another host, as large files have. Each sub-folder of FOLDER is a commit's
 files; ``org/gated`` wants the token, ``org/broken`` answers 500, anything but ``org/tiny`` is not
 there. ``POST /_control`` sets faults (below) and refs; ``GET /_requests`` lists what was asked.
@@ -130,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, body = 200, fault.get("headers", {}), fault["body"].encode()
         if fault["do"] == "bomb":
             status, headers = 200, {"Content-Encoding": "gzip"}
-            body = gzip.compress(bytes(fault["bytes"]))
+            body = gzip.compress(bytes(1 << 20)) * (fault["bytes"] >> 20)  # made in no time
         if fault["do"] == "change":
             headers = {**headers, **fault.get("headers", {})}
             if "listing" in fault:
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.state.requests.append({**entry, "start": start, "end": time.monotonic()})
 
     def reply(self, status, headers, body, fault=None):
-        """Send an answer as the fault has it; how many bytes of its body went out."""
+        """Send an answer changed by the fault; returns how many bytes of its body were sent."""
         fault = fault or {}
         kind = fault.get("do")
         if kind == "corrupt" and body:
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
                     time.sleep(fault["wait"])
             else:
                 sent = self.wfile.write(body)
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             self.close_connection = True
         return sent
 

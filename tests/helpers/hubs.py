@@ -66,7 +66,7 @@ class Hub:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Hub]:
-    """A hub whose ``org/tiny`` is the folder ``tiny`` inside ``folder``."""
+    """A hub with the folder ``tiny`` inside ``folder`` as ``org/tiny``."""
     server = Path(__file__).with_name("hub_server.py")
     process = subprocess.Popen(
         [sys.executable, str(server), str(folder)], stdout=subprocess.PIPE, encoding="utf-8"
@@ -109,7 +109,7 @@ def client(url: str, cwd: Path, *args: object, **changes: str) -> Result:
 
 
 def sentence(result: Result) -> str:
-    """The one line that a failure says, after checking that it is one."""
+    """The error's line, after checking that it is a single one."""
     assert result.rc == 1, result
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -153,7 +153,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], list[str]]] = {
             "do": "change",
             "headers": {"ETag": f'"{UP}"', "X-Linked-Etag": f'"{UP}"'},
             "times": 1000,
-            "harmless": True,  # an ETag is no part of any path
+            "harmless": True,  # an ETag is not used in a path
         },
         ANALYZE,
     ),
@@ -207,7 +207,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 def hostile_cases() -> list[bytes]:
-    """Listings that are none."""
+    """Invalid listings."""
     wrong: list[Any] = [None, [], {}, 7, "x", {"sha": COMMIT}, {"sha": COMMIT, "siblings": {}}]
     wrong += [
         {"sha": sha, "siblings": []} for sha in (None, 7, "", "main", COMMIT + "\n", [COMMIT])

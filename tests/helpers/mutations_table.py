@@ -254,7 +254,7 @@ TABLE = (
         "imports go one way",
         "allocation/quotas.py",
         "from htsr_alloc.errors import HtsrError\n",
-        "from htsr_alloc.errors import HtsrError\nimport htsr_alloc.spectra.estimators\n",
+        "from htsr_alloc.errors import HtsrError\nimport htsr_alloc.training.wilson\n",
         "tests/test_house.py",
     ),
 )

@@ -75,7 +75,7 @@ def changed(data: Any, draw: random.Random, keys: list[str]) -> Any:
             for step in path:
                 source = source[step]
             here[last] = json.loads(json.dumps(source[other]))
-        except (KeyError, IndexError, TypeError):  # it was in what has gone
+        except (KeyError, IndexError, TypeError):  # it was inside a deleted part
             here[last] = None
     else:
         here[last] = deepcopy(draw.choice(VALUES))

@@ -108,29 +108,23 @@ WHOLE = dataclasses.replace(
 
 def made_matrix(layer: int, role: str, alpha: float, prefix: str = "model.layers") -> Matrix:
     """A matrix of that alpha; NaN is one without a fit."""
-    fitted = not math.isnan(alpha)
-    return Matrix(
+    found = matrix(
+        layer,
         tensor=f"{prefix}.{layer}.{role}.weight",
-        layer=layer,
         role=role,
-        expert=None,
         shape=(64, 96),
         dtype="F16",
         n_eigs=64,
-        n_zero=0,
         lambda_min=0.1,
         lambda_max=10.0,
-        pl_alpha_hill=alpha if fitted else None,
-        alpha_hat=alpha if fitted else None,
         stable_rank=20.0 + layer,
-        xmin=1.0 if fitted else None,
-        k=60 if fitted else None,
-        ks_distance=0.1 if fitted else None,
-        peak_gap=3 if fitted else None,
-        engine="float64 Gram",
-        status=OK if fitted else FAILED,
-        reason=None if fitted else "all eigenvalues are equal",
     )
+    if math.isnan(alpha):
+        nothing = dict.fromkeys(("pl_alpha_hill", "alpha_hat", "xmin", "k", "ks_distance"))
+        why = "all eigenvalues are equal"
+        return dataclasses.replace(found, **nothing, peak_gap=None, status=FAILED, reason=why)
+    fit = {"pl_alpha_hill": alpha, "alpha_hat": alpha, "xmin": 1.0, "k": 60, "peak_gap": 3}
+    return dataclasses.replace(found, **fit, status=OK, reason=None)
 
 
 def made_metrics(table: np.ndarray, roles=ROLES, name="made", prefix="model.layers") -> Metrics:

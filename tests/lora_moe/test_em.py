@@ -359,7 +359,7 @@ def test_what_it_cannot_do_is_refused():
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 6, 6))
     with pytest.raises(HtsrError, match="em_pooler cannot be 'sum'"):
         LoraMoeConfig(system="em_lora", em_pooler="sum")
-    # Padding's position ids are no packing.
+    # Position ids of padding do not mean packing.
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
     model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 

@@ -13,7 +13,7 @@ from helpers import moe_tiny as tiny
 pytest.importorskip("peft", reason="needs the extra [train]")
 
 from htsr_alloc.allocation import allocate
-from htsr_alloc.checkpoints.layers import is_router
+from htsr_alloc.checkpoints.rules import is_router
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
 from htsr_alloc.lora_moe.build import describe

@@ -44,7 +44,7 @@ def own(layer, name):
 
 
 def experts(layer, n=N, r=R):
-    """[(A, B)]: rows of A and columns of B in blocks of r; HydraLoRA's one A is everybody's."""
+    """[(A, B)]: rows of A and columns of B in blocks of r; HydraLoRA has one A for all."""
     a, b = own(layer, "A"), own(layer, "B")
     parts = a.split(r) if len(a) > r else [a] * n
     return list(zip(parts, b.split(r, dim=1), strict=True))

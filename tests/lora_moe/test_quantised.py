@@ -80,7 +80,7 @@ def test_trains_saves_and_reloads(quantised, tmp_path):
 
 
 def test_each_layer_adds_what_it_adds_to_floats(quantised):
-    """Δ(x) knows nothing of the base's storage."""
+    """Δ(x) does not depend on how the base is stored."""
     on_floats, on_integers = tiny.adapted(model=plain()), tiny.adapted(model=quantised())
     x = torch.randn(3, 5, 64)
     for a, b in zip(layers_of(on_floats), layers_of(on_integers), strict=True):

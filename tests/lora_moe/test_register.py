@@ -1,4 +1,4 @@
-"""PEFT knows the method; the trick that tells it stays within the enum."""
+"""PEFT knows the method; registering it changes nothing outside the enum."""
 
 from __future__ import annotations
 

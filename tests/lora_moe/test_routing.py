@@ -109,7 +109,7 @@ def test_one_expert_collapses_exactly(system):
 
 
 def test_equal_gates_collapse_exactly():
-    """A dense router of zeros gives every expert 1/N, whatever the token."""
+    """A dense router of zeros gives every expert 1/N for every token."""
     model = tiny.adapted("hydra").eval()
     for layer in layers_of(model):
         torch.nn.init.zeros_(layer.lora_moe_router["default"])

@@ -99,7 +99,7 @@ def test_a_setting_of_another_system_is_checked_too(system, setting):
 
 
 class PackedLinear(nn.Module):
-    """A linear as quantisers make them: no nn.Linear, integers and a scale."""
+    """A linear as quantisers make it: not an nn.Linear, but integers and a scale."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

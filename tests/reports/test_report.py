@@ -1,4 +1,4 @@
-"""The HTML report: complete, harmless whatever the names in the files, and quiet offline."""
+"""The HTML report: complete, safe with any names in the files, and without network access."""
 
 import base64
 import dataclasses
@@ -16,7 +16,7 @@ import pytest
 from helpers.commands import ROOT
 from helpers.records_made import deep_table, made_allocation, made_metrics, renamed
 
-from htsr_alloc.records import Allocation, File, Metrics, dumps, loads
+from htsr_alloc.records import Allocation, Dequantised, File, Metrics, dumps, loads
 from htsr_alloc.records.results import read_result
 from htsr_alloc.reports import report
 from htsr_alloc.reports.cautions import cautions
@@ -107,7 +107,7 @@ def check_harmless(page):
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A metrics file and an allocation whose every name attacks."""
+    """A metrics file and an allocation with an attack in every name."""
     table = deep_table(5)
     table[1, 2], table[3] = np.nan, np.nan
     metrics = renamed(made_metrics(table), HOSTILE)
@@ -226,6 +226,11 @@ def test_every_caution(tmp_path):
     )
     assert "The source is quantised (F8_E4M3)" in cautions_of(
         tmp_path, with_matrices(metrics, dtype="F8_E4M3")
+    )
+    packed = (Dequantised("gguf", "Q4_K", 21, "gguf 0.19.0"),)
+    stored = dataclasses.replace(metrics.model, dequantised=packed)
+    assert "The source is quantised (Q4_K)" in cautions_of(
+        tmp_path, dataclasses.replace(metrics, model=stored)
     )
     settings = dataclasses.replace(metrics.settings, include=("*mlp*",))
     said = cautions_of(tmp_path, dataclasses.replace(metrics, settings=settings))
@@ -373,7 +378,7 @@ def test_a_browser_has_nothing_to_say_and_asks_for_nothing(chromium, hostile, tm
 
 @pytest.mark.slow
 def test_the_browser_would_have_told(chromium, tmp_path):
-    """The same watch on a page that does what a report must not."""
+    """The same check on a page that does what a report must not do."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<img src='http://127.0.0.1:9/x.png'><link rel=stylesheet href='http://127.0.0.1:9/s.css'>"

@@ -138,7 +138,7 @@ def test_auto_leaves_what_float32_cannot_vouch_for_to_float64(weight, monkeypatc
 
 @needs_lapack
 def test_float32_is_dropped_where_the_peak_of_these_bins_is_uncertain(monkeypatch):
-    """Whatever the seed, some number of bins puts an edge within float32's error."""
+    """For every seed some number of bins puts an edge within float32's error."""
     monkeypatch.setattr(engines, "TWO_STAGE", 100)
     weight = heavy(500, 150, seed=0)
     taken = {bins: engines.auto(weight, bins)[1].endswith("guarded") for bins in range(2, 200, 3)}

@@ -130,7 +130,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_is_refused():
 
 
 def test_a_token_across_the_boundary_is_never_made():
-    """Where prompt and answer would melt into one token, the answer is taken by itself."""
+    """Where prompt and answer would share a token, the answer is tokenised by itself."""
 
     class Melting:
         def __call__(self, text, add_special_tokens=True):

@@ -1,5 +1,5 @@
-"""What a run must never do: pass for trained when it diverged, go on from half a checkpoint, or on
-another base."""
+"""What a run must never do: report success after diverging, resume from half a checkpoint, or run
+on another base."""
 
 from __future__ import annotations
 

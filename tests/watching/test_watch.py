@@ -230,7 +230,7 @@ pytest.importorskip("accelerate", reason="needs the extra [train]")
 
 
 class Reporter:
-    """What a reporting callback sees when it is its turn."""
+    """What a reporting callback sees when it is called."""
 
     def __new__(cls):
         from transformers import TrainerCallback

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,12 @@ def library_bytes(refs: Iterable[TensorRef]) -> int:
     """The memory that the libraries take which reading the tensors needs."""
     forms = {ref.packed.format for ref in refs if ref.packed is not None}
     return sum(FORMATS[form].library_bytes for form in forms)
+
+
+def kinds(refs: Iterable[TensorRef]) -> list[tuple[str, str, int]]:
+    """(format, dtype, how many) of what is dequantised."""
+    found = Counter((ref.packed.format, ref.dtype) for ref in refs if ref.packed is not None)
+    return [(*kind, count) for kind, count in sorted(found.items())]
 
 
 def identity(refs: Iterable[TensorRef]) -> list[str]:

@@ -80,12 +80,17 @@ def _table(ref: TensorRef, parts: Parts) -> torch.Tensor:
     import torch
 
     assert ref.packed is not None
+    if not {"absmax", "quant_map"} <= set(parts):
+        raise misfit(ref, "absmax or quant_map is missing")
     settings, table = json.loads(ref.packed.settings), parts["quant_map"].float()
     absmax, block, nested = parts["absmax"], settings["block"], settings["nested"]
     if absmax.dtype == torch.uint8:
-        codes, scales = parts["nested_quant_map"].float(), parts["nested_absmax"].float()
-        if not nested or len(codes) != 256 or len(scales) * nested < len(absmax):
+        codes, scales = parts.get("nested_quant_map"), parts.get("nested_absmax")
+        if codes is None or scales is None or not nested or len(codes) != 256:
             raise misfit(ref, "its absmax is quantised and lacks the tables")
+        if len(scales) * nested < len(absmax):
+            raise misfit(ref, f"nested_absmax {tuple(scales.shape)}, absmax {tuple(absmax.shape)}")
+        codes, scales = codes.float(), scales.float()
         every = scales.repeat_interleave(nested)[: len(absmax)]
         absmax = codes[absmax.long()] * every + settings["offset"]
     count, packed = math.prod(ref.shape), parts["weight"].flatten()
