@@ -21,6 +21,7 @@ from htsr_alloc.lora_moe.systems import SYSTEMS
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter's file
 CONFIG = "adapter_config.json"
 ADAPTER = "saved"
+ELSE = "Load it with PEFT."
 
 
 def is_mixture(folder: str | Path) -> bool:
@@ -50,12 +51,14 @@ def read_gated(folder: str | Path) -> dict[str, GatedLora]:
             raise HtsrError(
                 f"{folder} also holds trained modules or tokens ({', '.join(map(str, held))}), "
                 "which are not part of a LoRA.",
-                "Load it with PEFT.",
+                ELSE,
             )
     SYSTEMS[config.system].serves()
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in load_peft_weights(str(folder), device="cpu").items():
         module, _, name = key.removeprefix(PREFIX).rpartition(f".{NAME}_")
+        if not module:
+            raise HtsrError(f"{folder} also holds {key}, which is not part of a LoRA.", ELSE)
         found[module][name.removesuffix(".weight")] = tensor
     return {name: _gated(name, own, config) for name, own in found.items()}
 

@@ -94,6 +94,9 @@ def test_another_adapter_and_trained_modules_are_refused(tmp_path):
     saved(tmp_path / "whole", "alphalora", {"modules_to_save": ["lm_head"]})
     with pytest.raises(HtsrError, match="trained modules or tokens \\(lm_head\\)"):
         read_gated(tmp_path / "whole")
+    saved(tmp_path / "head", "alphalora", {"target_modules": ["lm_head"]})
+    with pytest.raises(HtsrError, match=r"holds .*lm_head"):
+        read_gated(tmp_path / "head")
     saved(tmp_path / "tokens", "alphalora", {"trainable_token_indices": [5, 7]})
     with pytest.raises(HtsrError, match="trained modules or tokens \\(5, 7\\)"):
         read_gated(tmp_path / "tokens")

@@ -6,7 +6,6 @@ make serve-demo      (an environment of its own, because vLLM pins transformers)
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
 import math
 import os
@@ -29,15 +28,16 @@ from helpers import training_tiny
 pytestmark = pytest.mark.server
 SYSTEMS = ("alphalora", "goat", "goat_plus", "mor", "hydra", "adamole")
 ADAPTERS, SLOTS, REQUESTS, TOKENS = 20, 4, 1000, 3
+WAIT = 900  # seconds for the server to start: it is a minute on an idle machine
 WIDE = {
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_attention_heads": 4,
     "initializer_range": 0.08,
 }
-# Random gates amplify rounding: transformers in float32 is up to 1e-3 from float64. How exact
-# the server is, test_vllm.py says.
-CLOSE, APART = 5e-3, 2e-2
+# Rounding can change which experts a token uses where two gates are nearly equal, and then a
+# log-probability jumps. How exact the server is, test_vllm.py says.
+CLOSE = 2e-2
 PROMPTS = [tiny.tokens(1, 4 + i % 5, seed=i)[0].tolist() for i in range(32)]
 
 
@@ -100,14 +100,14 @@ class Server:
         )
 
     def wait(self) -> None:
-        for _ in range(400):
+        for _ in range(WAIT):
             assert self.process.poll() is None, "the server ended"
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
                 return
             except OSError:
                 time.sleep(1)
-        pytest.fail("no server after 400 seconds")
+        pytest.fail(f"no server after {WAIT} seconds")
 
     def post(self, path, body):
         request = urllib.request.Request(
@@ -145,7 +145,7 @@ def server(folder):
             yield made
         finally:
             made.process.terminate()
-            made.process.wait(60)
+            made.process.wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +173,6 @@ def test_no_request_gets_another_adapters_answer(server, wanted, folder):
         (name := (["model", *names()][i % (ADAPTERS + 1)]), i * 7 % len(PROMPTS))
         for i in range(REQUESTS)
     ]
-    pairs = list(itertools.combinations(wanted.values(), 2))
-    apart = [
-        distance(a, b) > APART for one, other in pairs for a, b in zip(one, other, strict=True)
-    ]
-    assert sum(apart) > 0.97 * len(apart)  # an adapter's answers are its own
     base = str(folder / "model")
 
     def one(pair):
@@ -186,8 +181,13 @@ def test_no_request_gets_another_adapters_answer(server, wanted, folder):
 
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(one, asked))
+    off = []
     for (name, number), answer in zip(asked, answers, strict=True):
         check(answer, wanted[name][number])
+        far = {other: distance(answer, want[number]) for other, want in wanted.items()}
+        assert min(far, key=far.__getitem__) == name
+        off.append(far[name])
+    assert sorted(off)[len(off) * 9 // 10] < 1e-4
 
 
 def test_adapters_come_and_go_and_requests_are_given_up_under_load(server, wanted, folder):
@@ -228,6 +228,6 @@ def test_what_cannot_be_served_is_refused_by_name_and_the_server_goes_on(server,
         tiny.adapted(system, model=base, **settings).save_pretrained(str(folder / name))
     assert "EM-LoRA chooses by the whole prompt" in refused("em")
     assert "ranks has 80 ranks on a linear" in refused("ranks")
-    assert "head adapts lm_head" in refused("head")
+    assert "head also holds base_model.model.lm_head.base_layer.weight" in refused("head")
     assert "modules_to_save" in refused("whole")
     check(server.ask("a1", PROMPTS[0]), wanted["a1"][0])

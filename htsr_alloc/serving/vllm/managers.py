@@ -1,6 +1,6 @@
 """vLLM's LoRA model, model manager and worker manager, which know mixtures beside plain LoRA."""
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from pathlib import Path

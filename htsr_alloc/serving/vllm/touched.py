@@ -50,12 +50,11 @@ SOURCES = {  # attributes that only a method's own text shows
 
 def differences() -> list[str]:
     """What of the vLLM installed here is not as the plugin needs it, in words; empty if all is."""
-    import vllm  # pyright: ignore[reportMissingImports]
-
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    installed: str = import_module("vllm").__version__
+    version = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
     if not FIRST <= version < BEFORE:
         pin = f">={FIRST[0]}.{FIRST[1]},<{BEFORE[0]}.{BEFORE[1]}"
-        return [f"it is {vllm.__version__} and not {pin}"]
+        return [f"it is {installed} and not {pin}"]
     return [
         *(f"{name} {problem}" for name in PARAMETERS if (problem := _parameters(name))),
         *(f"{name} {problem}" for name in SOURCES if (problem := _source(name))),
