@@ -9,6 +9,7 @@ from typing import Any
 from htsr_alloc.allocation.units import selected
 from htsr_alloc.checkpoints.stacks import chosen_stacks, stack_of
 from htsr_alloc.records import Allocation, Metrics
+from htsr_alloc.records.decisions import Evidence, Module
 from htsr_alloc.records.means import summarise
 
 EVERYTHING = "all"
@@ -54,7 +55,9 @@ def of_stack(metrics: Metrics, name: str) -> Metrics:
 
 def joined(parts: Sequence[Allocation], stacks: str) -> Allocation:
     """The allocations of several stacks as one, in their order."""
-    first, evidence, modules = parts[0], [], []
+    first = parts[0]
+    evidence: list[Evidence] = []
+    modules: list[Module] = []
     for part in parts:
         start = len(evidence)
         modules += [replace(module, layer=start + module.layer) for module in part.modules]

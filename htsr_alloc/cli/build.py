@@ -68,7 +68,7 @@ def build(
     screen.show(views.build(made, describe(made, prefixes), left))
     counted, trainable = loaded.parameters, made.get_nb_trainable_parameters()[0]
     same = counted is not None and (system, target, lora.r) == (DEFAULT, None, counted.r)
-    if same and counted.spent != trainable:
+    if same and counted is not None and counted.spent != trainable:
         screen.warn(
             f"The allocation counted {counted.spent:,} trainable parameters: transformers splits "
             "or joins matrices of this checkpoint (q, k and v; gate and up) when it loads it."

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -104,7 +104,7 @@ class Selection:
         "Take only one stack of layers, as language_model or visual; htsr inspect shows them.",
     ] = None
 
-    def patterns(self, checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    def patterns(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """``include`` and ``exclude``; the latter has every other stack than ``stack``.
 
         Raises:

@@ -44,8 +44,9 @@ class Names:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        known = isinstance(self.model, PreTrainedModel)
-        return get_model_conversion_mapping(self.model, add_legacy=old) if known else []
+        if not isinstance(self.model, PreTrainedModel):
+            return []
+        return get_model_conversion_mapping(self.model, add_legacy=old)
 
     @cached_property
     def _loading(self) -> list[Any]:

@@ -10,7 +10,7 @@ from htsr_alloc.records.facts import FAILED, METRICS, Layer, Matrix
 
 def summarise(matrices: Sequence[Matrix], prefixes: Sequence[str]) -> tuple[Layer, ...]:
     """A layer's value: the plain mean over its linear weights that have one (METHODS 2)."""
-    layers = []
+    layers: list[Layer] = []
     for number, prefix in enumerate(prefixes):
         own = [matrix for matrix in matrices if matrix.layer == number]
         means: dict[str, float | None] = {}

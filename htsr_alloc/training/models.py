@@ -43,7 +43,9 @@ def refuse_unread(model: Any) -> None:
     """
     if not hasattr(model.config, "vision_config"):
         return
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapted: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
     seen: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: seen.add(name))
