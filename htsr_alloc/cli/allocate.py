@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -133,7 +133,7 @@ def allocate(
         own[name] = value
     request = allocation.Request.of(
         strategy,
-        T=allocation.parse_experts(T) if T is not None else None,
+        T=_experts(T),
         params=allocation.parse_params(params) if params is not None else None,
         target_share=allocation.parse_share(target_share) if target_share is not None else None,
         r=r,
@@ -221,3 +221,13 @@ def newest_metrics() -> Path:
             "Name a metrics file, or run htsr analyze first.",
         )
     return found[-1]
+
+
+def _experts(text: str | None) -> Any:
+    """``--T``; a wrong one is wrong usage."""
+    from htsr_alloc import allocation
+
+    try:
+        return None if text is None else allocation.parse_experts(text)
+    except HtsrError as error:
+        raise typer.BadParameter(error.message, param_hint="--T") from None

@@ -95,7 +95,8 @@ def feed_forward(model: nn.Module) -> list[str]:
         return any(map(MIXES_BY_NAME.search, parts)) or any(map(MIXES_BY_CLASS.search, kinds))
 
     linears = [name for name, module in modules.items() if widths(module) and name not in avoided]
-    return [n for n in linears if re.search(r"\.\d+\.", n) and not mixes(n)]
+    names = dict.fromkeys(n.removesuffix(".base_layer") for n in linears)  # adapted before
+    return [n for n in names if re.search(r"\.\d+\.", n) and not mixes(n)]
 
 
 @dataclass(frozen=True)
