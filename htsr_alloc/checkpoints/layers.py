@@ -195,7 +195,7 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
             for i in numbers:
                 stack, inner = ".".join(parts[:i]), ".".join(parts[i + 1 :])
                 recurring[stack, inner].add(int(parts[i]))
-    staged = _staged([ref for ref in tensors if len(ref.shape) >= 2], within)
+    staged = _staged([ref for ref in tensors if len(ref.shape) == 2], within)
     for name, at in within.items():
         parts = name.split(".")
         place: int | None = at

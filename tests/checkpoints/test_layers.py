@@ -782,6 +782,17 @@ def test_blocks_of_stages_are_the_layers(stack, block):
     assert reasons(found) == {beside: "outside the blocks"}
 
 
+def test_convolutions_make_no_stage():
+    """MobileViT: the linears are in ``transformer.layer`` of a numbered layer, beside convolutions."""
+    stack = "encoder.layer"
+    inner = "transformer.layer.{}.attention.attention.query.weight"
+    tensors = {f"{stack}.{i}.{inner.format(j)}": (32, 32) for i in (0, 1) for j in (0, 1)}
+    convolutions = {f"{stack}.0.layer.{j}.conv.convolution.weight": (8, 8, 3, 3) for j in (0, 1)}
+    found = place({**tensors, **convolutions})
+    assert found.prefixes == (f"{stack}.0", f"{stack}.1")
+    assert len(found.matrices) == 4
+
+
 def test_experts_of_jetmoe_and_heads_of_xlnet():
     block = "model.layers.0"
     jetmoe = {
