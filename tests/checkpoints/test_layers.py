@@ -783,7 +783,7 @@ def test_blocks_of_stages_are_the_layers(stack, block):
 
 
 def test_convolutions_make_no_stage():
-    """MobileViT: the linears are in ``transformer.layer`` of a numbered layer, beside convolutions."""
+    """MobileViT: linears in ``transformer.layer`` of a numbered layer, beside convolutions."""
     stack = "encoder.layer"
     inner = "transformer.layer.{}.attention.attention.query.weight"
     tensors = {f"{stack}.{i}.{inner.format(j)}": (32, 32) for i in (0, 1) for j in (0, 1)}
