@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -18,16 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from htsr_alloc.checkpoints.listing import Listing, Packed, Shard, TensorRef
-from htsr_alloc.checkpoints.local import (
-    LocalFiles,
-    open_regular,
-    read_exactly,
-    shard_of,
-)
+from htsr_alloc.checkpoints.local import LocalFiles, parsed, shard_of
 from htsr_alloc.checkpoints.quantised.base import no_library
 from htsr_alloc.checkpoints.reading import Checkpoint, readable
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.files import cannot
 
 MAX_HEADER = 1 << 28  # bytes; a vocabulary of 256,000 tokens takes some 10 MB
 MAX_TENSORS = 1_000_000
@@ -231,17 +224,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _read(path: Path) -> tuple[dict[str, Any], Shard, list[GgufTensor]]:
     try:
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-
-            def read(begin: int, length: int) -> bytes:
-                data = bytearray(length)
-                read_exactly(file, begin, memoryview(data), path)
-                return bytes(data)
-
-            metadata, tensors, sha256 = read_header(read, status.st_size)
-    except OSError as error:
-        raise cannot("read", path, error) from error
+        (metadata, tensors, sha256), status = parsed(path, read_header)
     except ValueError as error:
         raise HtsrError(f"{path} is not a whole GGUF file: {error}.", "Fetch it again.") from None
     return metadata, shard_of(path, status, sha256), tensors

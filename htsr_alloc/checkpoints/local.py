@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,8 @@ from htsr_alloc.checkpoints.listing import (
 from htsr_alloc.checkpoints.reading import Checkpoint, readable
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, read_bytes
+
+Reader = Callable[[int, int], bytes]  # (begin, length) -> exactly that many bytes
 
 
 class LocalFiles:
@@ -85,6 +87,12 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def local_header(path: Path) -> tuple[Shard, Header]:
     """A local file's checked header; its identity is its size, its time and the header's hash."""
+    header, status = parsed(path, lambda read, size: read_header(read, size, str(path)))
+    return shard_of(path, status, header.sha256), header
+
+
+def parsed(path: Path, parse: Callable[[Reader, int], Any]) -> tuple[Any, os.stat_result]:
+    """What ``parse(read, size)`` makes of a file, read as far as it asks; and the file's status."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -94,10 +102,9 @@ def local_header(path: Path) -> tuple[Shard, Header]:
                 read_exactly(file, begin, memoryview(data), path)
                 return bytes(data)
 
-            header = read_header(read, status.st_size, str(path))
+            return parse(read, status.st_size), status
     except OSError as error:
         raise cannot("read", path, error) from error
-    return shard_of(path, status, header.sha256), header
 
 
 def shard_of(path: Path, status: os.stat_result, sha256: str) -> Shard:

@@ -33,7 +33,7 @@ ROUTER_NAMES = r"(gate|router\w*|router\w*\.\w+|shared_expert_gate|wg)"
 LEFT_ALONE = (
     (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
     (r"(^|\.)indexer\.", "what it picks has no gradient"),
-    (rf"(^|\.){HEADS_APART}$", "its heads are apart, so that it is no linear"),
+    (rf"(^|\.){HEADS_APART}$", "its heads are a dimension of one tensor, not of a linear module"),
 )
 EXPERT = "one of the base's own experts"
 EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
