@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from htsr_alloc.errors import HtsrError
@@ -21,6 +23,7 @@ PATIENCE = 60.0  # seconds without progress, waits that the server asked for not
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between two tries
 PROGRESS = 1 << 20  # bytes after which a try counts as progress
 LONGEST_ASKED = 300.0  # seconds that a server may ask us to wait, in all
+HEADERS = 3  # times the client's time-out: connection, redirects and headers of one answer
 SLOWEST, GRACE = 1000.0, 20.0  # bytes per second of one answer, after so many seconds
 
 log = logging.getLogger(__name__)
@@ -144,11 +147,11 @@ class Ranges:
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
-        with get_session().stream(
-            "GET",
-            url,
-            headers={**self.headers, **headers, "Accept-Encoding": "identity"},
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        client, timeout = get_session(), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        headers = {**self.headers, **headers, "Accept-Encoding": "identity"}
+        request = client.build_request("GET", url, headers=headers, timeout=timeout)
+        with closing(
+            begun(lambda: client.send(request, stream=True), HEADERS * timeout)
         ) as response:
             if response.status_code >= 400:  # its body, of any length, is not read
                 kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
@@ -157,6 +160,30 @@ class Ranges:
                 )
                 hf_raise_for_status(bare)
             yield response
+
+
+def begun(send: Callable[[], Any], seconds: float) -> Any:
+    """What ``send`` returns. The client's own time-out is for each read, and headers may drip.
+
+    Raises:
+        TimeoutError: after ``seconds``. Exception: that of ``send``.
+    """
+    answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((send(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        response, error = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"no whole header arrived in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return response
 
 
 def chunks(response: Any) -> Iterator[bytes]:

@@ -131,6 +131,22 @@ def test_a_server_that_drips_is_given_up(hub, monkeypatch):
     assert len(hub.requests) >= 2  # and no answer is still being given
 
 
+def test_headers_that_drip_are_given_up(hub, monkeypatch):
+    """Each byte is within the client's own time-out, and the header would take two seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    drip = {"path": "/cdn/", "do": "drip", "wait": 0.1, "bytes": 20}
+    hub.reset(drip)
+    start = time.monotonic()
+    assert read(hub, 5, 100) == DATA[5:105]  # the second try is answered
+    assert 0.5 < time.monotonic() - start < 1.8
+    monkeypatch.setattr(ranges, "PATIENCE", 0.5)
+    hub.reset({**drip, "times": 1000})
+    with pytest.raises(TimeoutError, match="no whole header"):
+        read(hub, 0, 100)
+    time.sleep(2)
+    assert len(hub.requests) >= 2  # and no answer is still being given
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_not_asked_again(hub, status):
     hub.reset({"path": "/resolve/", "do": "status", "status": status, "times": 1000})

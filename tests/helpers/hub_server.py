@@ -10,6 +10,7 @@ after the first ``skip`` (0) of them, ``times`` (1) times:
 
     cut, short   the answer ends after ``after`` bytes; short says so beforehand
     slow         ``chunk`` bytes each ``wait`` seconds
+    drip         a header comes a byte each ``wait`` seconds, and stops after ``bytes``
     status       ``status`` with ``headers``
     corrupt      a bit of byte ``at`` is flipped
     long         more bytes than were asked for
@@ -163,11 +164,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "HEAD":
-            return 0
         sent = 0
         try:
+            if kind == "drip":
+                self.flush_headers()
+                for _ in range(fault["bytes"]):
+                    self.wfile.write(b"x")
+                    time.sleep(fault["wait"])
+                self.close_connection = True
+                return 0
+            self.end_headers()
+            if self.command == "HEAD":
+                return 0
             if kind == "cut":
                 sent = self.wfile.write(body[: fault["after"]])
                 self.close_connection = True
