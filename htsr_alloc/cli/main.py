@@ -6,64 +6,83 @@ torch, and a command's own help loads what its choices come from.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from htsr_alloc.cli.allocate import allocate
-from htsr_alloc.cli.analyze import analyze
-from htsr_alloc.cli.build import build
-from htsr_alloc.cli.collapse import collapse
-from htsr_alloc.cli.compare import compare
-from htsr_alloc.cli.evaluate import evaluate
-from htsr_alloc.cli.explain import explain
-from htsr_alloc.cli.export import export
 from htsr_alloc.cli.failures import ends_well, exit_at_once, say_stopped, stop_on_signals
-from htsr_alloc.cli.fit import fit
-from htsr_alloc.cli.generate import generate
-from htsr_alloc.cli.inspect import inspect
 from htsr_alloc.cli.options import Command, declared, split_examples
-from htsr_alloc.cli.plot import plot
-from htsr_alloc.cli.report import report
 from htsr_alloc.cli.screen import open_streams
-from htsr_alloc.cli.serve import serve
-from htsr_alloc.cli.study import study
-from htsr_alloc.cli.train import train
 from htsr_alloc.version import __version__
 
+NAMES = (  # of the commands and their modules, in the order of --help
+    "inspect",
+    "analyze",
+    "fit",
+    "explain",
+    "allocate",
+    "plot",
+    "report",
+    "compare",
+    "export",
+    "build",
+    "train",
+    "evaluate",
+    "generate",
+    "serve",
+    "collapse",
+    "study",
+)
+
+
+class Commands(Mapping):
+    """The commands by name; one is imported and declared when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise KeyError(name)
+        return _command(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+@functools.cache
+def _command(name: str) -> Any:
+    run = getattr(importlib.import_module(f"htsr_alloc.cli.{name}"), name)
+    text, examples = split_examples(run)
+    sentence = " ".join(text.partition("\n\n")[0].split())  # typer cuts one that it finds itself
+    alone = typer.Typer(add_completion=False, **STYLE)
+    register = alone.command(cls=Command, help=text, short_help=sentence, epilog=examples)
+    register(ends_well(declared(run)))
+    return typer.main.get_command(alone)
+
+
+class Group(TyperGroup):
+    """All commands, none of them imported yet."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given | {"commands": Commands()})
+
+
+STYLE: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(
+    cls=Group,
     name="htsr",
     help="Decide from a model's weights how many LoRA experts each layer gets.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
+    **STYLE,
 )
-COMMANDS = (
-    inspect,
-    analyze,
-    fit,
-    explain,
-    allocate,
-    plot,
-    report,
-    compare,
-    export,
-    build,
-    train,
-    evaluate,
-    generate,
-    serve,
-    collapse,
-    study,
-)
-for command in COMMANDS:  # the order of --help, which cuts sentences that are not given to it
-    text, examples = split_examples(command)
-    sentence = " ".join(text.partition("\n\n")[0].split())
-    register = app.command(cls=Command, help=text, short_help=sentence, epilog=examples)
-    register(ends_well(declared(command)))
 
 
 def main() -> None:

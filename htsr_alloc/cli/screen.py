@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,14 +13,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from typing import TYPE_CHECKING, Annotated, Any
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.files import cannot, write_text
+
+if TYPE_CHECKING:  # at run time where something is printed: --help is quicker without
+    from rich.console import Console
 
 PIPE_WIDTH = 200  # columns assumed when the output is not a terminal: nothing is cut there
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi, zero-width), line separators
@@ -75,7 +75,17 @@ class Screen:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a bar in a locale that has none
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @functools.cached_property
+    def _err(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def _say(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self._err.print(Text(clean(text), style=style))
 
     def show(self, view: View) -> None:
         """A result, as JSON or as tables and notes."""
@@ -103,17 +113,17 @@ class Screen:
     def note(self, message: str) -> None:
         """Something to know, on stderr."""
         if not self.quiet:
-            self._err.print(Text(clean(message)))
+            self._say(message)
 
     def warn(self, message: str) -> None:
         """Something to mind, on stderr."""
-        self._err.print(Text(f"warning: {clean(message)}", style="yellow"))
+        self._say(f"warning: {message}", "yellow")
 
     def error(self, error: HtsrError) -> None:
         """A failure: its sentence, then what to do."""
-        self._err.print(Text(f"error: {clean(error.message)}", style="red"))
+        self._say(f"error: {error.message}", "red")
         if error.hint:
-            self._err.print(Text(f"hint: {clean(error.hint)}"))
+            self._say(f"hint: {error.hint}")
 
     @property
     def watched(self) -> bool:
@@ -171,6 +181,10 @@ class Screen:
 
 
 def _rendered(table: Table) -> str:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     made = RichTable(box=None, pad_edge=False, header_style="bold")
     for name in table.columns:
         where = "left" if name in table.left else "right"
