@@ -19,19 +19,23 @@ import torch
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.spectra import ROW_CHUNK, lapack
 from htsr_alloc.spectra.band import FLOOR, IN_RANGE, band
+from htsr_alloc.spectra.least import least
+from htsr_alloc.spectra.rows import blocks
 
 # (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
 # -> n ascending float64 eigenvalues, and what computed them
 Engine = Callable[[torch.Tensor, int], tuple[np.ndarray, str]]
 
 EPS32 = float(np.finfo(np.float32).eps)
-TWO_STAGE = 2048  # from this n on two stages are faster; below, the matrix stays in the cache
+TWO_STAGE = 1536  # from this n on two stages are faster; below, the matrix stays in the cache
+WIDTH = 64  # of the band between them: 48 is a little faster on some processors, 96 on others
 TALL = 1.5  # m / n from which lambda_min is large enough for float32 to be worth a try
 
 # What the float32 route may do to an eigenvalue l: eps32 (NOISE lambda_max + SELF l). The worst
 # of 186 real and 60 synthetic matrices uses 23 % of it (benchmarks/engines.py --guard).
 NOISE, SELF = 4.0, 32.0
-RATIO = 3e-4  # least lambda_min / lambda_max for float32
+RATIO = 3e-4  # least lambda / lambda_max, of what is fitted, that float32 may have computed
+LEAST = 3e-6  # least lambda_min / lambda_max for float32; below, its small ones mean too little
 
 
 def portable(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
@@ -77,9 +81,10 @@ def auto(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
     m, n = tall.shape
     if n < TWO_STAGE or m < TALL * n or tall.dtype == torch.float64:
         return exact(tall)
-    values = _guarded(tall, bins)
-    if values is not None:
-        return values, f"float32 Gram, {_stages(n)}, guarded"
+    found = _guarded(tall, bins)
+    if found is not None:
+        values, how = found
+        return values, f"float32 Gram, {_stages(n)}, {how}"
     values, name = exact(tall)
     return values, f"{name} (float32 not certain)"
 
@@ -118,22 +123,14 @@ def _library() -> lapack.Lapack:
 def gram(tall: torch.Tensor, kind: type = np.float64) -> np.ndarray:
     """W^T W, lower triangle, accumulated over blocks of rows. (m, n) -> (n, n), Fortran.
 
-    W is upcast block by block into one buffer, in the order it is stored in, rows or columns.
+    W is upcast block by block into one buffer.
     """
     library = _library()
-    m, n = tall.shape
-    by_rows = tall.stride(1) == 1
+    n = tall.shape[1]
     dtype = torch.float64 if kind is np.float64 else torch.float32
-    chunk = min(ROW_CHUNK, m)
-    buffer = torch.empty((chunk, n) if by_rows else (n, chunk), dtype=dtype)
     total = np.zeros((n, n), kind, order="F")  # the upper half is never read
-    for at in range(0, m, chunk):
-        rows = tall[at : at + chunk]
-        if by_rows:
-            block = buffer[: len(rows)].copy_(rows).numpy()
-        else:
-            block = buffer.view(-1)[: rows.numel()].view(n, -1).copy_(rows.T).numpy().T
-        library.syrk(block, 0.0 if at == 0 else 1.0, total)
+    for i, block in enumerate(blocks(tall, dtype)):
+        library.syrk(block, 0.0 if i == 0 else 1.0, total)
     return total
 
 
@@ -146,25 +143,45 @@ def symmetric_eigenvalues(a: np.ndarray) -> np.ndarray:
 
 
 def bandwidth(n: int) -> int:
-    """The bandwidth between the two stages that is fastest here; 0: one stage is faster."""
-    return 0 if n < TWO_STAGE else 64 if n < 3584 else 96
+    """The bandwidth between the two stages; 0: one stage is faster."""
+    return WIDTH if n >= TWO_STAGE else 0
 
 
 def _stages(n: int) -> str:
     return "two stages" if bandwidth(n) else "one stage"
 
 
-def _guarded(tall: torch.Tensor, bins: int) -> np.ndarray | None:
-    """float32 eigenvalues, if they are sure to give the right histogram peak; else None."""
+def _guarded(tall: torch.Tensor, bins: int) -> tuple[np.ndarray, str] | None:
+    """float32 eigenvalues, if they are sure to give the right histogram peak; else None.
+
+    The least eigenvalue, which sets the bins' edges, is refined where float32's is not enough.
+    """
     a = gram(tall, np.float32)
     diagonal = a.diagonal()
     # lambda_min <= the least of the diagonal, lambda_max >= its largest: a hopeless case ends here
-    if not (np.isfinite(diagonal).all() and diagonal.min() > RATIO * diagonal.max() > 1e-30):
+    if not (np.isfinite(diagonal).all() and diagonal.min() > LEAST * diagonal.max() > 1e-30):
         return None
+    kept = a.copy(order="F")
     values = symmetric_eigenvalues(a)
-    certain = values[0] >= RATIO * values[-1]
-    certain = certain and peak_is_certain(values, float32_error(values), bins)
-    return values if certain else None
+    del a
+    error = float32_error(values)
+    if values[0] < LEAST * values[-1]:
+        return None
+    if values[0] >= RATIO * values[-1] and peak_is_certain(values, error, bins):
+        return values, "guarded"
+    found = least(_library(), tall, kept, values, error)
+    if found is None:
+        return None
+    values[0], error[0] = found
+    values = np.maximum.accumulate(values)  # float32's next ones may lie below it
+    certain = peak_is_certain(values, error, bins) and peak(values, bins) >= RATIO * values[-1]
+    return (values, "guarded, least one refined") if certain else None
+
+
+def peak(values: np.ndarray, bins: int) -> float:
+    """The lower edge of the first fullest bin of the eigenvalues' logarithms."""
+    counts, edges = np.histogram(np.log(values), bins)
+    return float(np.exp(edges[counts.argmax()]))
 
 
 def float32_error(values: np.ndarray) -> np.ndarray:
@@ -180,7 +197,8 @@ def peak_is_certain(values: np.ndarray, error: np.ndarray, bins: int = 100) -> b
     """
     if len(values) < 3 or not values[0] > error[0]:
         return False
-    low, high = np.log(values - error), np.log(values + error)
+    low = np.log(np.maximum(values - error, values[0] - error[0]))  # none lies below the first
+    high = np.log(values + error)
     # x = (v - a) / (b - a) falls with a and with b, for a <= v <= b, and rises with v
     first = np.floor((low - high[0]) / (high[-1] - high[0]) * bins)
     last = np.floor((high - low[0]) / (low[-1] - low[0]) * bins)

@@ -134,6 +134,21 @@ class Lapack:
         letter = LETTERS[a.dtype]
         self._call(letter + "geqrt", m, n, t.shape[0], a, ld(a), t, ld(t), work, None)
 
+    def potrf(self, a: np.ndarray) -> None:
+        """Cholesky, a = L L^T: L takes the place of a's lower triangle.
+
+        Raises:
+            LapackError: a is not positive definite.
+        """
+        self._call(LETTERS[a.dtype] + "potrf", "L", len(a), a, ld(a), None)
+
+    def potrs(self, factor: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a^-1 b, (n, k), from ``potrf``'s factor of a."""
+        x = np.array(b, factor.dtype, order="F")
+        head = (LETTERS[x.dtype] + "potrs", "L", *x.shape)
+        self._call(*head, factor, ld(factor), x, ld(x), None)
+        return x
+
     def sytrd(self, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tridiagonal (d, e) of a symmetric matrix given by its lower triangle; a is lost."""
         n, kind = a.shape[0], a.dtype

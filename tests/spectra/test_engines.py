@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.spectra import band, engines, lapack
 from htsr_alloc.spectra.estimators import ESTIMATORS, fit
+from htsr_alloc.spectra.least import _bound, least
 from htsr_alloc.spectra.spectrum import spectrum
 
 needs_lapack = pytest.mark.skipif(
@@ -103,12 +104,14 @@ def test_auto_takes_float32_only_where_every_estimator_agrees(monkeypatch):
         weight = heavy(500, 150, seed)
         values, name = engines.auto(weight)
         expected = reference(weight)
-        if not name.endswith("guarded"):
+        if "guarded" not in name:
             np.testing.assert_allclose(values, expected, rtol=1e-10)
             continue
         taken += 1
         assert np.abs(values - expected).max() > 0
         assert (np.abs(values - expected) <= engines.float32_error(expected)).all()
+        if "refined" in name:
+            assert values[0] == pytest.approx(expected[0], rel=1e-6)
         for estimator in ESTIMATORS:
             mine, theirs = fit(values, estimator), fit(expected, estimator)
             assert mine.alpha == pytest.approx(theirs.alpha, rel=2e-5)
@@ -141,12 +144,64 @@ def test_float32_is_dropped_where_the_peak_of_these_bins_is_uncertain(monkeypatc
     """For every seed some number of bins puts an edge within float32's error."""
     monkeypatch.setattr(engines, "TWO_STAGE", 100)
     weight = heavy(500, 150, seed=0)
-    taken = {bins: engines.auto(weight, bins)[1].endswith("guarded") for bins in range(2, 200, 3)}
-    for bins, guarded in taken.items():
-        values = engines.symmetric_eigenvalues(engines.gram(weight, np.float32))
-        certain = engines.peak_is_certain(values, engines.float32_error(values), bins)
-        assert guarded == certain, bins
-    assert set(taken.values()) == {True, False}
+    values = engines.symmetric_eigenvalues(engines.gram(weight, np.float32))
+    error = engines.float32_error(values)
+    true = values.copy(), error.copy()
+    true[0][0], true[1][0] = reference(weight)[0], 0
+    seen = set()
+    for bins in range(2, 200, 3):
+        name = engines.auto(weight, bins)[1]
+        certain = engines.peak_is_certain(values, error, bins)
+        refined = engines.peak_is_certain(*true, bins)
+        how = "guarded" if certain else "least one refined" if refined else "(float32 not certain)"
+        assert name.endswith(how), bins
+        seen.add(how)
+    assert len(seen) == 3
+
+
+def uneven(m, n, seed, spread):
+    """A heavy-tailed matrix whose columns have unequal sizes, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(spread * torch.randn(n, generator=generator))
+    return (heavy(m, n, seed, torch.float32) * sizes).half()
+
+
+@needs_lapack
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("n", [12, 40, 200])
+def test_the_least_eigenvalue_is_refined_within_its_bound(n, spread, wide):
+    library = engines._library()
+    for seed in range(4):
+        weight = uneven(3 * n, n, seed, spread)
+        weight = weight.T.contiguous().T if wide else weight
+        a = engines.gram(weight, np.float32)
+        values = engines.symmetric_eigenvalues(a.copy(order="F"))
+        error = engines.float32_error(values)
+        true = reference(weight)[0]
+        value, bound = least(library, weight, a, values, error)
+        assert abs(value - true) <= bound + 1e-13 * values[-1]
+        assert bound <= error[0]
+        if true > 1e-4 * values[-1] and n > 100:
+            assert bound < 1e-6 * true
+
+
+@needs_lapack
+def test_a_bound_is_not_believed_where_a_smaller_eigenvalue_was_missed():
+    """Vectors of the second and later eigenvalues: exact Ritz pairs, but of the wrong ones."""
+    diagonal = np.linspace(1.0, 2.0, 40)
+    ritz, residual = diagonal[1:17], np.zeros((40, 16))
+    assert _bound(ritz, residual, diagonal * (1 - 1e-7)) == np.inf
+    assert _bound(diagonal[:16], residual, diagonal * (1 - 1e-7)) < 1e-10
+
+
+@needs_lapack
+def test_what_float32_cannot_factor_is_not_refined():
+    weight = heavy(60, 30, dtype=torch.float32)
+    a = engines.gram(weight, np.float32)
+    values = engines.symmetric_eigenvalues(a.copy(order="F"))
+    a[np.diag_indices(30)] -= 2 * values[0]
+    assert least(engines._library(), weight, a, values, engines.float32_error(values)) is None
 
 
 @settings(max_examples=300, deadline=None)
