@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -51,8 +52,9 @@ def serve(
     for adapter in adapters:
         folder, base = located(adapter, model, hub)
         model = model or str(base.folder)
-        if found.setdefault(folder.resolve().name, folder) != folder:
-            raise HtsrError(f"Two adapters are called {folder.name}.", "Rename one's folder.")
+        own = Path(os.path.abspath(folder)).name  # as it was typed, be it a link
+        if found.setdefault(own, folder) != folder:
+            raise HtsrError(f"Two adapters are called {own}.", "Rename one's folder.")
     folders = (base.folder, *found.values())
     named = [f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)]
     made = launch(

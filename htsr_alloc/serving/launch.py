@@ -117,16 +117,16 @@ def launch(
     rank = next((rank for rank in RANKS if rank >= most), None)
     if rank is None:
         raise HtsrError(f"The adapter has {most} ranks on a linear, and vLLM takes {RANKS[-1]}.")
-    modules = [f"{own}={folder.resolve()}" for own, folder in adapters.items()]
+    modules = [f"{own}={folder.absolute()}" for own, folder in adapters.items()]
     command = (
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model.resolve()), "--served-model-name", name),
+        *("--model", str(model.absolute()), "--served-model-name", name),
         *("--host", host, "--port", str(port), "--dtype", dtype, "--enable-lora"),
         *("--lora-modules", *modules, "--max-loras", str(slots or len(adapters))),
         *("--max-cpu-loras", str(max(slots or 0, len(adapters)))),
         *("--max-lora-rank", str(rank), "--lora-target-modules"),
         *sorted(frozenset[str]().union(*(need.linears for need in needs))),
-        *(() if tokenizer is None else ("--tokenizer", str(tokenizer.resolve()))),
+        *(() if tokenizer is None else ("--tokenizer", str(tokenizer.absolute()))),
     )
     experts = {MOST: str(max(1, *(need.experts for need in needs), 1))}
     return Launch(command, {**(CPU if on_cpu else OFFLINE), **experts})

@@ -113,7 +113,11 @@ def test_row_norms_are_computed_once(monkeypatch):
             base_weight(layer.base_layer).mul_(2)
             layer.base_layer.weight.data /= 2
             layer.lora_moe_B["default"].mul_(3)
-    assert not torch.allclose(model(ids).logits, before)
+    after = model(ids).logits
+    assert not torch.allclose(after, before)
+    fresh = em(em_dora=True)  # with no norm computed yet
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids).logits, after)
 
 
 @pytest.mark.parametrize("k", [2, 5, 7])

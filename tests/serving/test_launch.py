@@ -76,6 +76,13 @@ def test_the_server_gets_what_its_adapters_need(folders, invoke):
     assert after(words, "--max-cpu-loras") == ["2"]
 
 
+def test_an_adapter_has_the_name_that_was_typed_be_it_a_link(folders, invoke):
+    (folders / "mine").symlink_to(folders / "mixture")
+    done = invoke("serve", folders / "mine", folders / "mixture", "--dry-run")
+    names = [own.partition("=")[0] for own in after(done.stdout.split(), "--lora-modules")]
+    assert names == ["mine", "mixture"]
+
+
 def test_without_vllm_one_sentence_says_how_to_install_it(folders, invoke, monkeypatch):
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     done = invoke("serve", folders / "mixture")
