@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +51,7 @@ def serve(
     for adapter in adapters:
         folder, base = located(adapter, model, hub)
         model = model or str(base.folder)
-        own = Path(os.path.abspath(folder)).name  # as it was typed, be it a link
+        own = folder.name.strip(".") or folder.resolve().name  # as it was typed, be it a link
         if found.setdefault(own, folder) != folder:
             raise HtsrError(f"Two adapters are called {own}.", "Rename one's folder.")
     folders = (base.folder, *found.values())
