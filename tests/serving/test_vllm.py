@@ -158,7 +158,7 @@ def test_one_batch_of_everything_gives_transformers_tokens_and_probabilities(ada
         own, _ = of_written(reference(path, rows), rows)
         off, usual = (got - want).abs().max(), (own - want).abs().max()
         print(f"{name}: largest error of a log-probability {off:.1e}, transformers' {usual:.1e}")
-        assert off < max(1e-4, 4 * usual), name  # of the base itself vLLM errs 2.8 times as far
+        assert off < 2e-4, name
         assert (best - want).max() < 1e-4, name  # transformers' own choice, but for ties
     for one, other in itertools.combinations(adapters, 2):  # no two answer alike
         (rows, got), (others, values) = seen[one], seen[other]
