@@ -69,18 +69,18 @@ def costed_layers(
 ) -> list[Unit]:
     """One unit a layer; its cost is that of one expert of rank ``r`` on each targeted linear.
 
+    A layer without any has no unit.
+
     Raises:
-        HtsrError: a target that no layer has, or a layer without any.
+        HtsrError: a target that no layer has, or nothing to adapt.
     """
     chosen = selected(metrics, targets)
     units: list[Unit] = []
     for layer in metrics.layers:
         own = [matrix for matrix in chosen if matrix.layer == layer.layer]
-        if not own:
-            raise HtsrError(
-                f"{layer.prefix} has no linear to adapt.", "Name other linears as `targets`."
-            )
-        units.append(Unit(layer.layer, layer.prefix, cost=cost_of(own, r, metrics.model, routers)))
+        if own:
+            cost = cost_of(own, r, metrics.model, routers)
+            units.append(Unit(layer.layer, layer.prefix, cost=cost))
     return units
 
 
