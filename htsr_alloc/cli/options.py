@@ -54,7 +54,9 @@ LoraAlpha = Annotated[
 ]
 LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
-    list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
+    list[str] | None,
+    "Name of the linear modules to adapt, such as q_proj; plain LoRA also takes experts, a "
+    "mixture's own. Repeatable.",
 ]
 OfAdapter = Annotated[
     str | None, "Folder or hub id of the model; default the one that the adapter names."

@@ -147,29 +147,6 @@ def describe(
     return rows
 
 
-def control(
-    model: nn.Module,
-    allocation: Allocation | str | Path,
-    *,
-    r: int = export.Lora.r,
-    lora_alpha: float = export.Lora.lora_alpha,
-    lora_dropout: float = export.Lora.lora_dropout,
-    target_modules: Sequence[str] | None = None,
-) -> str:
-    """The control without routers: arguments of ``peft.LoraConfig``, as JSON.
-
-    Plain LoRA of rank N r on the same modules, by ``rank_pattern`` (``htsr export --to
-    peft-rank``); it has the experts' parameters, and none of the routers'.
-    """
-    allocation = load(allocation)
-    prefixes = resolve_layers(model, allocation)
-    named = renamed(model, allocation, prefixes)
-    modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
-    lora = export.Lora(r, lora_alpha, lora_dropout)
-    everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}
-    return export.to_peft_rank(named, lora, everywhere)
-
-
 def empty_model(folder: Path) -> nn.Module:
     """A model from its config.json alone, on the meta device: shapes without weights.
 

@@ -16,8 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from htsr_alloc.allocation import allocate
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
-from htsr_alloc.lora_moe.build import control, describe, resolve_layers
+from htsr_alloc.lora_moe.build import describe, resolve_layers
 from htsr_alloc.lora_moe.model import layers_of
+from htsr_alloc.lora_moe.plain import control
 from htsr_alloc.records import Evidence, Module, dumps
 
 
