@@ -40,6 +40,15 @@ EXPERT = "one of the base's own experts"
 # The last words of an expert's up matrix -> of its gate, which transformers joins with it.
 GATE_OF = {"up_proj": "gate_proj", "w3": "w1"}
 EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
+# Stacks of experts that may join gate and up, and the down beside each (GGUF, Granite, Aria).
+STACKS = (
+    ("gate_up_proj", "down_proj"),
+    ("gate_up_proj.weight", "down_proj.weight"),
+    ("input_linear.weight", "output_linear.weight"),
+    ("fc1.weight", "fc2.weight"),
+)
+# Architectures whose stacks take a row of gate and one of up by turns, not one after the other.
+INTERLEAVED = ("GptOss", "gpt_oss")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 

@@ -127,6 +127,7 @@ def layer_map_of(checkpoint: Checkpoint, selection: Selection | None = None) -> 
     return map_layers(
         checkpoint.tensors,
         num_hidden_layers=checkpoint.num_hidden_layers,
+        architecture=checkpoint.architecture,
         **selection.patterns(checkpoint),
     )
 

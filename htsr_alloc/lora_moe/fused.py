@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from htsr_alloc.checkpoints.rules import inputs_first, is_mixture, is_numbered_expert
+from htsr_alloc.checkpoints.rules import STACKS, inputs_first, is_mixture, is_numbered_expert
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.linears import is_plain, widths
-
-# Gate and up of each expert in one tensor, and the down beside it.
-PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_linear.weight"}
 
 
 def own_experts(model: nn.Module) -> list[str]:
@@ -54,7 +51,7 @@ def _check_layout(model: nn.Module, name: str, owner: nn.Module) -> None:
 
 def _inputs_first(model: nn.Module, name: str) -> bool | None:
     """Whether a stack is (experts, d_in, d_out), by its sizes and its partner's; None: unknown."""
-    for first, second in PAIRS.items():
+    for first, second in STACKS:
         for own in (first, second):
             if name.endswith("." + own):
                 start = name.removesuffix(own)
