@@ -113,13 +113,12 @@ def cost_of(matrices: Iterable[Matrix], r: int, model: Model, routers: bool = Tr
     lora = router = 0
     transposed = (model.architecture or "").startswith(CONV1D)
     matrices = list(matrices)
-    parts = {(m.layer, m.expert, m.role) for m in matrices if m.expert is not None}
+    experts = {m.tensor for m in matrices if m.expert is not None}
     for matrix in matrices:
         d_in = matrix.shape[0] if transposed else matrix.shape[1]
-        start, _, last = matrix.role.rpartition(".")
-        gate = GATE_OF.get(last)
-        role = f"{start}.{gate}" if start else gate
-        joined = gate is not None and (matrix.layer, matrix.expert, role) in parts
+        up = matrix.role.rpartition(".")[2]
+        start, _, end = matrix.tensor.rpartition(up)
+        joined = up in GATE_OF and f"{start}{GATE_OF[up]}{end}" in experts
         lora += r * (matrix.shape[0] if joined else sum(matrix.shape))
         router += d_in if routers else 0
     return ExpertCost(lora, router)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from htsr_alloc.allocation import exports as export
+from htsr_alloc.allocation.units import BASE_EXPERTS
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.build import load
 from htsr_alloc.lora_moe.linears import base_weight, is_plain, widths
@@ -52,11 +53,10 @@ def plain_modules(
     allocation = load(allocation)
     prefixes = resolve_layers(model, allocation)
     named = renamed(model, allocation, prefixes)
-    chosen = resolve_modules(model, prefixes, named, targets)
+    chosen = _chosen(model, named, prefixes, targets)
     modules = dict(model.named_modules())
     every = [name for names in chosen.values() for name in names]
     stacks = {name for name in every if name not in modules}
-    _compare_counts(model, named, chosen, targets)
     weights = {
         name: f"{name}.weight"
         for name in _taken_for_experts(model, [n for n in every if n not in stacks])
@@ -76,27 +76,43 @@ def plain_modules(
     return replace(named, modules=listed), export.Modules(names, parameters)
 
 
-def _compare_counts(
+def _chosen(
     model: nn.Module,
     allocation: Allocation,
-    chosen: Mapping[str, Sequence[str]],
+    prefixes: Sequence[str],
     targets: Sequence[str] | None,
-) -> None:
-    """Warn where ranks make other parameters trainable than the allocation counted."""
+) -> Mapping[str, Sequence[str]]:
+    """Block -> names of what is adapted; with a warning where ranks cost another number of
+    parameters than the allocation counted.
+
+    The roles that ranks were counted for are words of the checkpoint, which transformers may not
+    use. If all that ``build`` adapts costs what was counted, they are all of it.
+    """
     known = allocation.strategy.targets if allocation.strategy is not None else None
     counted = allocation.parameters
     if not allocation.holds_ranks or counted is None or set(targets or ()) != set(known or ()):
-        return
+        return resolve_modules(model, prefixes, allocation, targets)
+    if BASE_EXPERTS not in (known or ()):
+        every = resolve_modules(model, prefixes, allocation, None)
+        if _cost(model, allocation, every) == counted.spent:
+            return every
+    chosen = resolve_modules(model, prefixes, allocation, targets)
+    cost = _cost(model, allocation, chosen)
+    if cost != counted.spent:
+        warnings.warn(
+            f"The allocation counted {counted.spent:,} trainable parameters, and these are "
+            f"{cost:,}: transformers splits or joins matrices of this checkpoint.",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _cost(model: nn.Module, allocation: Allocation, chosen: Mapping[str, Sequence[str]]) -> int:
+    """The parameters of an allocation's ranks on these linears and stacks."""
     by_layer = {row.prefix: row.experts for row in allocation.evidence}
     ranks = {name: by_layer[prefix] for prefix, names in chosen.items() for name in names}
     ranks |= {m.name: m.experts for m in allocation.modules if m.name in ranks}
-    total = sum(rank * _width(model, name) for name, rank in ranks.items())
-    if total != counted.spent:
-        warnings.warn(
-            f"The allocation counted {counted.spent:,} trainable parameters, and these are "
-            f"{total:,}: transformers splits or joins matrices of this checkpoint.",
-            stacklevel=3,
-        )
+    return sum(rank * _width(model, name) for name, rank in ranks.items())
 
 
 def _width(model: nn.Module, name: str) -> int:

@@ -77,7 +77,10 @@ def _lora(model: Any, plain: dict[str, Any], steps: int, **more: Any) -> Any:
     plain = {**plain, "r": max(1, round(plain["r"])), "rank_pattern": ranks}
     with warnings.catch_warnings():  # PEFT looks for the patterns among the modules alone
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
-        return get_peft_model(model, LoraConfig(**plain, **more))
+        try:
+            return get_peft_model(model, LoraConfig(**plain, **more))
+        except ValueError as error:
+            raise HtsrError(f"PEFT cannot adapt this model: {error}") from error
 
 
 def _rslora(model: Any, plain: dict[str, Any], steps: int) -> Any:

@@ -369,3 +369,30 @@ def test_a_layer_of_experts_alone_may_have_a_score_of_its_own(tmp_path):
     made = allocate(metrics, scores=read_scores(path), params=1500, r=2, beta=1.0)
     assert made.experts[1] == 0
     assert [row.score for row in made.evidence] == [1, None, 2]
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        ("mlp.experts.1.{}.weight", ("gate_proj", "up_proj")),
+        ("mlp.experts.gate_up_proj[1,{}]", ("gate_proj", "up_proj")),
+        ("moe.experts.1.{}.weight", ("w1", "w3")),
+    ],
+)
+def test_the_gate_and_the_up_of_an_expert_have_one_a(inside, words):
+    """As transformers joins them: r (d_in + 2 d_out); apart from shared and dense ones."""
+    gate, up = (
+        matrix(
+            0,
+            tensor=f"model.layers.0.{inside.format(word)}",
+            role=f"{start}{word}",  # each is cut to what is unambiguous
+            expert=1,
+            shape=(24, 16),
+        )
+        for word, start in zip(words, ("", "experts."), strict=True)
+    )
+    assert cost_of([gate, up], 2, Model("x"), routers=False).lora == 2 * (16 + 24 + 24)
+    alone = cost_of([up], 2, Model("x"), routers=False)
+    assert alone.lora == 2 * (16 + 24)  # of experts without a gate
+    dense = [dataclasses.replace(m, expert=None) for m in (gate, up)]
+    assert cost_of(dense, 2, Model("x"), routers=False).lora == 2 * 2 * (16 + 24)

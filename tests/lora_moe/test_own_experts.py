@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import moe_tiny as tiny
 from helpers.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES
+from safetensors.numpy import load_file
 
 pytest.importorskip("peft", reason="needs the extra [train]")
 
@@ -244,3 +245,25 @@ def test_without_the_model_a_shared_experts_linear_is_not_exported(metrics):
             export(made, Lora.of(made))
     plain = replace(Lora.of(made), target_modules=("o_proj",))
     assert json.loads(to_peft_rank(made, plain))["rank_pattern"]
+
+
+def test_from_metrics_to_a_trained_adapter(metrics, invoke, tmp_path):
+    from helpers import training_tiny
+
+    found, _ = metrics("mixtral")
+    MIXTURES["mixtral"].model().save_pretrained(tmp_path / "model")
+    training_tiny.tokenizer().save_pretrained(tmp_path / "model")
+    training_tiny.write(tmp_path / "rows.jsonl", training_tiny.learnable_rows(16))
+    made = allocate(found, adapter_kind="lora", rank=2, targets=("experts", "q_proj"))
+    (tmp_path / "a.json").write_text(dumps(made))
+    shared = ("--model", "model", "--data", "rows.jsonl", "--device", "cpu", "--dtype", "float32")
+    done = invoke(
+        "train", "a.json", "--system", "lora", "--lora-dropout", 0, *shared, "--steps", 2,
+        "-o", "adapter",
+    )  # fmt: skip
+    assert done.rc == 0, done.stderr
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(t.size for t in tensors.values()) == made.parameters.spent
+    assert any((t != 0).any() for n, t in tensors.items() if "experts" in n and "lora_B" in n)
+    done = invoke("evaluate", *shared, "--adapter", "adapter")
+    assert done.rc == 0, done.stderr
