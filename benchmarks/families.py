@@ -265,7 +265,7 @@ def first_line(error: Exception) -> str:
     text = (lines or [type(error).__name__])[0]
     if text.endswith(":") and len(lines) > 1:
         text = f"{text} {lines[1]}"
-    text = text.replace("|", "/").rstrip(".:")
+    text = text.replace("|", "/").rstrip(".:!")
     return f"{text[:160].rstrip()}{'...' if len(text) > 160 else '.'}"
 
 
