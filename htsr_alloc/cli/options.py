@@ -43,7 +43,10 @@ def _path(text: str | Path) -> Path:
 
 
 OutFile = Annotated[Optional[Path], "File to write; - is stdout."]
-Source = Annotated[str, typer.Argument(help="A .safetensors or .gguf file, a folder, or a hub id.")]
+Source = Annotated[
+    str,
+    typer.Argument(help="A .safetensors or .gguf file, a folder, a hub id, or org/name/FILE.gguf."),
+]
 Quiet = Annotated[bool, "Print no notes and no progress."]
 Strict = Annotated[bool, "Exit with code 3 when a matrix could not be fitted."]
 LoraR = Annotated[Optional[int], "Rank r of one expert; default 8. Under torchrun write --lora-r."]
