@@ -127,7 +127,7 @@ def resolve_modules(
     if experts_too and system is not None:
         raise HtsrError(
             f"{system.title} cannot be put inside the base's own experts.",
-            "Ranks of plain LoRA can: allocate with `adapter_kind` lora.",
+            "Plain LoRA can: allocate ranks for it, and train with the system lora.",
         )
     own = own_experts(model) if experts_too else []
     listed = {module.name: module.experts for module in allocation.modules}
