@@ -250,9 +250,15 @@ def _shard(name: str, nbytes: int, commit: str, sha256: str) -> Shard:
 
 
 def snapshot(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None, offline: bool
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    weights: bool = True,
 ) -> Path:
-    """A model's or an adapter's folder in the cache: safetensors, configuration, tokenizer.
+    """A model's or an adapter's folder in the cache: configuration, tokenizer, and safetensors
+    unless ``weights`` is False.
 
     Raises:
         HtsrError: as ``open_hub``.
@@ -267,7 +273,7 @@ def snapshot(
             cache_dir=cache_dir,
             local_files_only=offline,
             allow_patterns=MODEL,
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["*/*", "consolidated*", *([] if weights else ["*.safetensors"])],
         )
     return Path(found)
 

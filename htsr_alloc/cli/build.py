@@ -55,7 +55,7 @@ def build(
     loaded = load(allocation)
     if not dry_run and output is None:
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")
-    named = base_of(model, hub)
+    named = base_of(model, hub, weights=not dry_run)
     base = empty_model(named.folder) if dry_run else open_model(named.folder)
     prefixes = resolve_layers(base, loaded)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout)

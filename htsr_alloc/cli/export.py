@@ -66,7 +66,7 @@ def in_transformers(
     from htsr_alloc.lora_moe.build import empty_model
     from htsr_alloc.lora_moe.plain import plain_modules
 
-    base = empty_model(hub.folder(model))
+    base = empty_model(hub.folder(model, weights=False))
     return plain_modules(base, allocation, lora.target_modules or None)
 
 

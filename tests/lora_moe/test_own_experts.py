@@ -267,3 +267,27 @@ def test_from_metrics_to_a_trained_adapter(metrics, invoke, tmp_path):
     assert any((t != 0).any() for n, t in tensors.items() if "experts" in n and "lora_B" in n)
     done = invoke("evaluate", *shared, "--adapter", "adapter")
     assert done.rc == 0, done.stderr
+
+
+def test_of_a_hub_the_names_need_no_weights(tmp_path):
+    """Nor does build --dry-run: the configuration and the headers say it all."""
+    from helpers.hubs import client, serving
+
+    MIXTURES["mixtral"].model().save_pretrained(tmp_path / "hub" / "tiny")
+    found = analyze(tmp_path / "hub" / "tiny", estimator="median")
+    here = tmp_path / "here"
+    here.mkdir()
+    ranks = allocate(found, adapter_kind="lora", rank=2, targets=("experts",))
+    (here / "ranks.json").write_text(dumps(ranks))
+    (here / "counts.json").write_text(dumps(allocate(found, T=4)))
+    with serving(tmp_path / "hub") as hub:
+        hub.reset()
+        model = ("--model", "org/tiny")
+        done = client(
+            hub.url, here, "export", "ranks.json", "--to", "peft-rank", *model, "--lora-dropout", 0
+        )
+        assert done.rc == 0, done.stderr
+        assert len(json.loads(done.stdout)["target_parameters"]) == 4
+        done = client(hub.url, here, "build", "counts.json", *model, "--dry-run")
+        assert done.rc == 0, done.stderr
+        assert hub.downloads() == []
