@@ -181,7 +181,7 @@ def tiny_model(task: str, model_type: str) -> Any:
     """A random model of the family, float32.
 
     Raises:
-        ValueError: one that stays large.
+        Unfit: one that stays large.
     """
     import transformers
 
@@ -190,7 +190,7 @@ def tiny_model(task: str, model_type: str) -> Any:
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(config).parameters())
     if size > LARGEST:
-        raise ValueError(f"its smallest model here has {size / 1e6:.0f} M parameters")
+        raise Unfit(f"its smallest model here has {size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     return kind(config).float().eval()
 
@@ -230,15 +230,43 @@ def outcome(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def go(task: str, model_type: str, folder: Path) -> Family:
     """One family, the whole way."""
+    from htsr_alloc import HtsrError
+
     family = Family(task, model_type)
     steps = iter(STEPS)
     try:
         for _ in walk(family, folder):
             family.done.append(next(steps))
     except Exception as error:  # whatever a family raises is a row of the table
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        family.reason = first[:160]
+        own = isinstance(error, HtsrError | Unfit)
+        who = "" if own else f"{FAILS[len(family.done)]}: "
+        family.reason = f"{who}{first_line(error)}"
     return family
+
+
+class Unfit(Exception):
+    """A sentence of ours."""
+
+
+# Who fails on the way to each of the STEPS, if we do not say so ourselves.
+FAILS = (
+    "transformers cannot make it of these small numbers",
+    "htsr cannot analyse it",
+    "htsr cannot allocate for it",
+    "transformers cannot load what it saved",
+    "its forward or backward pass refuses these inputs",
+    "it cannot be saved and loaded again",
+)
+
+
+def first_line(error: Exception) -> str:
+    """An exception's first line with its last sign, at most 160 signs of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines or [type(error).__name__])[0]
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    text = text.replace("|", "/").rstrip(".:!")
+    return f"{text[:160].rstrip()}{'...' if len(text) > 160 else '.'}"
 
 
 def walk(family: Family, folder: Path) -> Iterator[None]:
@@ -270,11 +298,11 @@ def walk(family: Family, folder: Path) -> Iterator[None]:
     move(model)
     loss = outcome(model, given).float().square().mean()
     if not math.isfinite(loss.item()):
-        raise ValueError("its output is not finite")
+        raise Unfit("its output is not finite")
     loss.backward()
     own = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not any(p.grad is not None and p.grad.abs().max() > 0 for _, p in own):
-        raise ValueError("no adapter has a gradient")
+        raise Unfit("no adapter has a gradient")
     yield
     with torch.no_grad():
         want = outcome(model, given)
@@ -284,7 +312,7 @@ def walk(family: Family, folder: Path) -> Iterator[None]:
     with torch.no_grad():
         got = outcome(again, given)
     if not torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError("a reloaded adapter gives another output")
+        raise Unfit("a reloaded adapter gives another output")
     yield
 
 

@@ -14,6 +14,7 @@ from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.rounding import Bounds, repair_remainder
 from htsr_alloc.allocation.scope import EVERYTHING, OVER, joined, of_stack
 from htsr_alloc.allocation.scorefile import Scores
+from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.sharing import Sharing
 from htsr_alloc.allocation.strategies import Plan
 from htsr_alloc.allocation.units import Unit, costed_layers, layer_units, linear_units, selected
@@ -30,6 +31,8 @@ from htsr_alloc.records import (
     Tool,
     loads,
 )
+
+NOTHING_ADAPTED = "no linear of this layer is adapted"
 
 
 def allocate(
@@ -84,7 +87,7 @@ def allocate(
     if ranks and metrics is not None and not request.targets:  # for exports: ranks need names
         facts["targets"] = tuple(sorted({matrix.role for matrix in selected(metrics, ())}))
     if request.scores is not None:
-        values = request.scores.of(units, metrics)
+        values = _scores(request.scores, units, metrics, prefixes)
         units = [replace(unit, score=v) for unit, v in zip(units, values, strict=True)]
         facts |= request.scores.record(metrics)
     plan = strategy.plan(
@@ -164,13 +167,30 @@ def _units(
     return costed_layers(metrics, request.targets, r, routers)
 
 
+def _scores(
+    scores: Metric | Scores,
+    units: Sequence[Unit],
+    metrics: Metrics | None,
+    prefixes: Sequence[str | None],
+) -> list[float]:
+    """The score of each unit; a layer that has none needs no score by a metric."""
+    if units[0].matrix is not None or len(units) == len(prefixes):
+        return scores.of(units, metrics)
+    own = [unit.layer for unit in units]
+    if isinstance(scores, Metric) and metrics is not None:
+        return scores.of(units, replace(metrics, layers=tuple(metrics.layers[i] for i in own)))
+    values = scores.of(layer_units(prefixes), metrics)
+    return [values[i] for i in own]
+
+
 def _rows(units: Sequence[Unit], plan: Plan, prefixes: Sequence[str | None]) -> list[Evidence]:
-    return [
-        Evidence(unit.layer, prefix, unit.score, quota, count, plan.reason)
-        for unit, prefix, quota, count in zip(
-            units, prefixes, plan.quotas, plan.counts, strict=True
-        )
+    rows = [
+        Evidence(i, prefix, None, None, 0, NOTHING_ADAPTED) for i, prefix in enumerate(prefixes)
     ]
+    for unit, quota, count in zip(units, plan.quotas, plan.counts, strict=True):
+        prefix = prefixes[unit.layer]
+        rows[unit.layer] = Evidence(unit.layer, prefix, unit.score, quota, count, plan.reason)
+    return rows
 
 
 def _modules(units: Sequence[Unit], plan: Plan, top_k: int) -> tuple[Module, ...]:
@@ -193,9 +213,8 @@ def _means(units: Sequence[Unit], plan: Plan, prefixes: Sequence[str | None]) ->
     counts = [means[-1] or 0.0 for *_, means in rows]
     total = round(math.fsum(counts))
     whole = repair_remainder(counts, total, Bounds(0)) if total else [0] * len(counts)
-    nothing = "no linear of this layer is adapted"
     return [
-        Evidence(layer, prefix, score, quota, n, None if score is not None else nothing)
+        Evidence(layer, prefix, score, quota, n, None if score is not None else NOTHING_ADAPTED)
         for (layer, prefix, (score, quota, _)), n in zip(rows, whole, strict=True)
     ]
 

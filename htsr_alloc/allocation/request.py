@@ -21,7 +21,7 @@ from htsr_alloc.allocation.scope import EVERYTHING, OVER
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.scores import Metric
 from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Strategy
-from htsr_alloc.allocation.units import POOLS
+from htsr_alloc.allocation.units import BASE_EXPERTS, POOLS
 from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.records.convert import convert
 
@@ -41,7 +41,8 @@ class Request:
             compared with the linears of its role or with every other; T is then the experts of
             each role's linears together, so that T experts cost what they cost by layers.
         targets: roles (``q_proj``) that are adapted, for a budget in parameters and for counts by
-            linears; all of them where it is empty.
+            linears; all of them where it is empty. ``experts`` are the base's own experts, which
+            can have ranks of plain LoRA.
         repair: of eq. 7, one of ``REPAIRS``. A budget in parameters has a rounding of its own
             (``allocation.spend``).
         bounds: of every count.
@@ -82,6 +83,11 @@ class Request:
             raise HtsrError(
                 f"`score_over` {self.score_over} is about the metric of a whole layer.",
                 "Leave it out with `per_module` and with `scores`.",
+            )
+        if BASE_EXPERTS in self.targets and (self.pool or not isinstance(self.budget, Rank)):
+            raise HtsrError(
+                "The base's own experts can have ranks of plain LoRA alone, one for each layer.",
+                "Give `adapter_kind` lora and `rank`, without `per_module`.",
             )
         by_params = self._by_params
         if self.targets and not self.pool and not by_params and not self._adapted_alone:

@@ -22,7 +22,8 @@ class Sharing:
     """Who shares, what, and how it is rounded. What a strategy sees of a request.
 
     Attributes:
-        units: the layers, or the linears, with their scores where the strategy uses them.
+        units: the layers, or the linears, with their scores where the strategy uses them. Under a
+            budget in parameters a layer in which nothing is adapted is not among them.
         layers: L. Of T experts a group of n units gets n / L, which is T for a role that each
             layer has once.
         budget: None where none was given.

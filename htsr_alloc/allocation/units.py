@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from htsr_alloc.checkpoints.rules import EXPERT, left_alone
+from htsr_alloc.checkpoints.rules import EXPERT, GATE_OF, left_alone
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics, Model
 
 # Classes whose linears are stored transposed, (d_in, d_out): transformers' Conv1D.
 CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
+
+# The target that stands for the base's own experts, which plain LoRA alone adapts.
+BASE_EXPERTS = "experts"
 
 # Which linears share a budget: those with the same key.
 POOLS: dict[str, Callable[[Matrix], str]] = {
@@ -69,18 +72,18 @@ def costed_layers(
 ) -> list[Unit]:
     """One unit a layer; its cost is that of one expert of rank ``r`` on each targeted linear.
 
+    A layer without any has no unit.
+
     Raises:
-        HtsrError: a target that no layer has, or a layer without any.
+        HtsrError: a target that no layer has, or nothing to adapt.
     """
     chosen = selected(metrics, targets)
     units: list[Unit] = []
     for layer in metrics.layers:
         own = [matrix for matrix in chosen if matrix.layer == layer.layer]
-        if not own:
-            raise HtsrError(
-                f"{layer.prefix} has no linear to adapt.", "Name other linears as `targets`."
-            )
-        units.append(Unit(layer.layer, layer.prefix, cost=cost_of(own, r, metrics.model, routers)))
+        if own:
+            cost = cost_of(own, r, metrics.model, routers)
+            units.append(Unit(layer.layer, layer.prefix, cost=cost))
     return units
 
 
@@ -103,12 +106,20 @@ def linear_units(
 
 
 def cost_of(matrices: Iterable[Matrix], r: int, model: Model, routers: bool = True) -> ExpertCost:
-    """The cost of one expert of rank ``r`` on each of these linears, with or without routers."""
+    """The cost of one expert of rank ``r`` on each of these linears, with or without routers.
+
+    transformers joins the gate and up of one of the base's own experts, so that they have one A.
+    """
     lora = router = 0
     transposed = (model.architecture or "").startswith(CONV1D)
+    matrices = list(matrices)
+    experts = {m.tensor for m in matrices if m.expert is not None}
     for matrix in matrices:
         d_in = matrix.shape[0] if transposed else matrix.shape[1]
-        lora += r * sum(matrix.shape)
+        up = matrix.role.rpartition(".")[2]
+        start, _, end = matrix.tensor.rpartition(up)
+        joined = up in GATE_OF and f"{start}{GATE_OF[up]}{end}" in experts
+        lora += r * (matrix.shape[0] if joined else sum(matrix.shape))
         router += d_in if routers else 0
     return ExpertCost(lora, router)
 
@@ -127,10 +138,17 @@ def selected(metrics: Metrics, targets: Sequence[str]) -> list[Matrix]:
 
     The base's own experts and linears on which an adapter would never act are no such matrices
     (``checkpoints.rules.left_alone``): an allocation's parameters are those that become trainable.
+    The target ``experts`` adds the base's own experts.
 
     Raises:
         HtsrError: a target that no matrix has, or none that is adapted; nothing to adapt.
     """
+    if BASE_EXPERTS in targets:
+        others = [target for target in targets if target != BASE_EXPERTS]
+        linears = [m.tensor for m in selected(metrics, others)] if others else []
+        if all(m.expert is None for m in metrics.matrices):
+            raise HtsrError("The model has no experts of its own.", "Remove this target.")
+        return [m for m in metrics.matrices if m.expert is not None or m.tensor in linears]
     roles = sorted({matrix.role for matrix in metrics.matrices})
     for target in targets:
         if not any(_is(role, target) for role in roles):

@@ -107,6 +107,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
     layer_map = map_layers(
         checkpoint.tensors,
         num_hidden_layers=checkpoint.num_hidden_layers,
+        architecture=checkpoint.architecture,
         include=settings.include,
         exclude=settings.exclude,
     )

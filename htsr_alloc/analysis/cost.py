@@ -41,12 +41,13 @@ def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
     from htsr_alloc.spectra import lapack
 
     m, n = max(matrix.shape), min(matrix.shape)
+    whole = 1 if matrix.half is None else 3  # of which one half is copied
     if matrix.ref.packed is None:
         size = FLOAT_DTYPES[matrix.ref.dtype][0]
-        stored = m * n * (size if size > 1 else 5)
+        stored = whole * m * n * (size if size > 1 else 5)
     else:
         slices = 1 if matrix.index is None else max(1, matrix.ref.shape[0])
-        stored = 4 * m * n + matrix.ref.nbytes // slices
+        stored = whole * 4 * m * n + matrix.ref.nbytes // slices
     copied = engine == "portable" or lapack.load() is None
     band = 4 * m * n if engine == "fast" and m < 1.5 * n else 0
     return WORKER_BYTES + stored + band + 8 * n * ((2 if copied else 1) * n + 2 * ROW_CHUNK)
@@ -82,7 +83,7 @@ def transfer(checkpoint: Checkpoint, matrices: Sequence[MatrixRef]) -> Transfer:
     """What reading the matrices moves over the network and onto the disk."""
     wanted = {shard for m in matrices for shard in checkpoint.shards_of(m.ref)}
     in_order = [shard for shard in checkpoint.listing.shards if shard in wanted]
-    tensors = sum({m.ref.name: m.ref.nbytes for m in matrices}.values())
+    tensors = sum({(m.ref.name, m.half): m.ref.nbytes for m in matrices}.values())
     return checkpoint.store.transfer(in_order, tensors)
 
 

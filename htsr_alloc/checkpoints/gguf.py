@@ -1,34 +1,24 @@
-"""GGUF files (llama.cpp, Ollama): their header, checked before it is believed, and hub names.
+"""GGUF files (llama.cpp, Ollama) as checkpoints, under the names that the hub's files have.
 
-The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. The header is read here
-and not by ``gguf.GGUFReader``, which maps the file and believes every count in it; the block types,
-the names and the arithmetic are that package's.
+The block types, the names and the arithmetic are the package gguf's; the header is read here
+(``gguf_header``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from htsr_alloc.checkpoints.gguf_header import GgufTensor, read_header
 from htsr_alloc.checkpoints.listing import Listing, Packed, Shard, TensorRef
 from htsr_alloc.checkpoints.local import LocalFiles, parsed, shard_of
 from htsr_alloc.checkpoints.quantised.base import no_library
-from htsr_alloc.checkpoints.reading import Checkpoint, readable
+from htsr_alloc.checkpoints.reading import Checkpoint, Store, readable
 from htsr_alloc.errors import HtsrError
 
-MAX_HEADER = 1 << 28  # bytes; a vocabulary of 256,000 tokens takes some 10 MB
-MAX_TENSORS = 1_000_000
-MAX_DIMS = 4
-PIECE = 1 << 16
-# The kinds of metadata: struct's letter, by the file's number; 8 is text and 9 a list.
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-TEXT, LIST = 8, 9
 BLOCK = re.compile(r"^blk\.")
 PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 # What stands before a block's number in the hub's files, by the architecture in a GGUF file, as
@@ -63,108 +53,8 @@ OWN: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of a header: ``kind`` is ggml's number of its type, ``begin`` its first byte."""
-
-    name: str
-    kind: int
-    shape: tuple[int, ...]
-    begin: int
-
-
-class Cursor:
-    """Reads a header from its start; ValueError where it does not end in time.
-
-    ``digest`` is over the header and what is read with its last piece.
-    """
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self.read, self.limit = read, min(size, MAX_HEADER)
-        self.data, self.begin, self.place = b"", 0, 0  # what was read, from where; where we are
-        self.digest = hashlib.sha256()
-
-    def take(self, count: int) -> bytes:
-        if count > self.limit - self.place:
-            raise ValueError("its header does not end within the file")
-        start = self.place - self.begin
-        if start + count > len(self.data):
-            end = self.begin + len(self.data)
-            more = min(max(start + count - len(self.data), PIECE), self.limit - end)
-            new = self.read(end, more)
-            self.digest.update(new)
-            self.data, self.begin, start = self.data[start:] + new, self.place, 0
-        self.place += count
-        return self.data[start : start + count]
-
-    def number(self, letter: str) -> Any:
-        return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))[0]
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8")
-
-
-def read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict, list[GgufTensor], str]:
-    """The metadata (lists left out), the tensors and the header's SHA-256.
-
-    Args:
-        read: (begin, length) -> exactly that many bytes.
-        size: of the whole file, in bytes.
-
-    Raises:
-        ValueError: no header of GGUF, or one that does not describe a file of this size.
-    """
-    at = Cursor(read, size)
-    if size < 24 or at.take(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version = at.number("I")
-    if version not in (2, 3):
-        raise ValueError(f"its version is {version}, not 2 or 3 in little-endian order")
-    tensors, keys = at.number("Q"), at.number("Q")
-    if tensors > MAX_TENSORS or keys > MAX_TENSORS:
-        raise ValueError(f"it would hold {tensors} tensors and {keys} keys")
-    metadata: dict[str, Any] = {}
-    for _ in range(keys):
-        key = at.text()
-        if key in metadata:
-            raise ValueError(f"duplicate key {key!r}")
-        metadata[key] = _value(at, at.number("I"))
-    infos = [_info(at) for _ in range(tensors)]
-    alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= 1 << 20:
-        raise ValueError(f"its alignment is {alignment!r}")
-    start = -(-at.place // alignment) * alignment
-    placed = [GgufTensor(*info[:3], begin=start + info[3]) for info in infos]
-    if len({tensor.name for tensor in placed}) != len(placed):
-        raise ValueError("a tensor's name stands in it twice")
-    return metadata, placed, at.digest.hexdigest()
-
-
-def _value(at: Cursor, kind: int) -> Any:
-    """A value of the metadata; of a list only that it was one."""
-    if kind == TEXT:
-        return at.text()
-    if kind in SCALARS:
-        return at.number(SCALARS[kind])
-    if kind != LIST:
-        raise ValueError(f"its metadata holds a value of the unknown kind {kind}")
-    kind, count = at.number("I"), at.number("Q")
-    if kind in SCALARS:
-        at.take(count * struct.calcsize(f"<{SCALARS[kind]}"))
-    elif kind == TEXT:
-        for _ in range(count):
-            at.take(at.number("Q"))
-    else:
-        raise ValueError("its metadata holds a list of lists")
-    return None
-
-
-def _info(at: Cursor) -> tuple[str, int, tuple[int, ...], int]:
-    name, dims = at.text(), at.number("I")
-    if dims > MAX_DIMS:
-        raise ValueError(f"{name[:60]!r} would have {dims} dimensions")
-    shape = tuple(at.number("Q") for _ in range(dims))[::-1]
-    return name, at.number("I"), shape, at.number("Q")
+# One file's metadata, the file, and its tensors.
+Part = tuple[dict[str, Any], Shard, list[GgufTensor]]
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -174,17 +64,78 @@ def open_gguf(path: Path) -> Checkpoint:
         HtsrError: the package gguf is not installed, a part is missing, or a header does not
             describe its file.
     """
+    names = parts_of(path.name, lambda name: path.with_name(name).is_file(), path.parent)
+    parts = [read_local(path.with_name(name)) for name in names]
+    paths = tuple(path.with_name(name) for name in names)
+    return assembled(title_of(path.name), None, parts, LocalFiles(path.parent), paths)
+
+
+def parts_of(name: str, there: Callable[[str], bool], where: Path | str) -> list[str]:
+    """All files of a model, of which ``name`` is one, by the names that llama.cpp gives them.
+
+    Raises:
+        HtsrError: one is not ``there``.
+    """
+    found, names = PART.fullmatch(name), [name]
+    if found is not None:
+        total = int(found["total"])
+        names = [f"{found['stem']}-{i + 1:05}-of-{total:05}.gguf" for i in range(total)]
+    missing = [part for part in names if not there(part)]
+    if missing or not names:
+        raise HtsrError(
+            f"{missing[0] if missing else name} is not in {where} "
+            f"({len(missing)} of {len(names)} parts missing).",
+            "Fetch it, or name another.",
+        )
+    return names
+
+
+def only_model(names: Iterable[str]) -> str | None:
+    """The first file of the one GGUF model among these files, if there is one and nothing else."""
+    names = list(names)
+    found = sorted(name for name in names if name.endswith(".gguf"))
+    first = [name for name in found if not PART.fullmatch(name) or "-00001-of-" in name]
+    if len(first) != 1 or any(name.endswith(".safetensors") for name in names):
+        return None
+    return first[0]
+
+
+def title_of(name: str) -> str:
+    """A file's name without what says that it is a GGUF file, or a part of a model."""
+    return PART.sub(r"\g<stem>", name).removesuffix(".gguf")
+
+
+def read_local(path: Path) -> Part:
+    """One file on this machine."""
+    try:
+        (metadata, tensors, sha256), status = parsed(path, read_header)
+    except ValueError as error:
+        raise damaged(path, error) from None
+    return metadata, shard_of(path, status, sha256), tensors
+
+
+def damaged(name: Path | str, error: ValueError) -> HtsrError:
+    """The refusal of a file whose header is none."""
+    return HtsrError(f"{name} is not a whole GGUF file: {error}.", "Fetch it again.")
+
+
+def assembled(
+    name: str,
+    revision: str | None,
+    parts: Sequence[Part],
+    store: Store,
+    paths: tuple[Path, ...] = (),
+) -> Checkpoint:
+    """The checkpoint that these files make.
+
+    Raises:
+        HtsrError: the package gguf is not installed, or the files do not fit each other.
+    """
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise no_library("gguf", "Reading a GGUF file") from None
-    paths, shards, listed = _parts(path), [], []
-    metadata: dict[str, Any] = {}
-    for number, part in enumerate(paths):
-        found, shard, tensors = _read(part)
-        metadata = metadata or found
-        shards.append(shard)
-        listed += [(number, tensor) for tensor in tensors]
+    metadata = next((found for found, _, _ in parts if found), {})
     architecture = metadata.get("general.architecture")
     architecture = architecture if isinstance(architecture, str) else ""
     blocks = metadata.get(f"{architecture}.block_count")
@@ -192,42 +143,17 @@ def open_gguf(path: Path) -> Checkpoint:
     names = hub_names(architecture, blocks)
     stack = STACKS.get(architecture, DEFAULT_STACK)
     refs: dict[str, TensorRef] = {}
-    for number, tensor in listed:
-        ref = _ref(tensor, number, shards[number], names, stack)
-        if ref.name in refs:
-            raise HtsrError(f"Two tensors of {path} have the name {ref.name}.")
-        refs[ref.name] = ref
-    config = {"architectures": [architecture]} if architecture else {}
+    for number, (_, shard, tensors) in enumerate(parts):
+        for tensor in tensors:
+            ref = _ref(tensor, number, shard, names, stack)
+            if ref.name in refs:
+                raise HtsrError(f"Two tensors of {name} have the name {ref.name}.")
+            refs[ref.name] = ref
+    config: dict[str, Any] = {"architectures": [architecture]} if architecture else {}
     if blocks:
-        config["num_hidden_layers"] = blocks  # pyright: ignore[reportArgumentType]
-    listing = Listing(tuple(shards), tuple(refs.values()))
-    name = PART.sub(r"\g<stem>", path.name).removesuffix(".gguf")
-    return Checkpoint(readable(name), None, config, listing, LocalFiles(path.parent), tuple(paths))
-
-
-def _parts(path: Path) -> list[Path]:
-    """All files of a split model, by the names that llama.cpp gives them."""
-    found = PART.fullmatch(path.name)
-    if found is None:
-        return [path]
-    total = int(found["total"])
-    paths = [path.with_name(f"{found['stem']}-{i + 1:05}-of-{total:05}.gguf") for i in range(total)]
-    missing = [part for part in paths if not part.is_file()]
-    if missing or not total:
-        raise HtsrError(
-            f"{missing[0].name if missing else path.name} is not beside {path.name} "
-            f"({len(missing)} of {total} parts missing).",
-            "Fetch the missing parts.",
-        )
-    return paths
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Shard, list[GgufTensor]]:
-    try:
-        (metadata, tensors, sha256), status = parsed(path, read_header)
-    except ValueError as error:
-        raise HtsrError(f"{path} is not a whole GGUF file: {error}.", "Fetch it again.") from None
-    return metadata, shard_of(path, status, sha256), tensors
+        config["num_hidden_layers"] = blocks
+    listing = Listing(tuple(shard for _, shard, _ in parts), tuple(refs.values()))
+    return Checkpoint(readable(name), revision, config, listing, store, paths)
 
 
 def _ref(

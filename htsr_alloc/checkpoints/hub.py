@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote
 
+from htsr_alloc.checkpoints import gguf
 from htsr_alloc.checkpoints.cache import HubCache
+from htsr_alloc.checkpoints.gguf_header import read_header as gguf_header
 from htsr_alloc.checkpoints.header import Header, read_header
 from htsr_alloc.checkpoints.listing import (
     MAX_JSON,
@@ -21,22 +23,23 @@ from htsr_alloc.checkpoints.listing import (
 )
 from htsr_alloc.checkpoints.local import local_header, open_folder, read_small
 from htsr_alloc.checkpoints.notes import COMMIT, Notes
-from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile
+from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile, Start
 from htsr_alloc.checkpoints.reading import Checkpoint, Store
 from htsr_alloc.checkpoints.sentences import sentences
 from htsr_alloc.checkpoints.shards import CachedShards, DroppedShards, OfflineShards, StreamedShards
 from htsr_alloc.errors import HtsrError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+READ = [*WANTED, "*.gguf"]
 MODEL = [*WANTED, "*.json", "*.jinja", "merges.txt", "*.model"]  # and the tokenizer
 NAME = re.compile(r"[^/\\:\0\ud800-\udfff]{1,200}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-FIRST = 100_000  # bytes of a shard that are asked for first: most headers are shorter
 
 
 def open_hub(
     repo_id: str,
     *,
+    file: str | None = None,
     revision: str | None,
     token: str | None,
     cache_dir: Path | None,
@@ -49,6 +52,9 @@ def open_hub(
     is made. The revision is resolved to a commit once, and every later request names that commit.
     Offline (the argument or HF_HUB_OFFLINE) only the local cache is used.
 
+    Args:
+        file: of a repository of GGUF files, the one to read; None where there is only one.
+
     Raises:
         HtsrError: no such repository, revision or file, a gated or private repository, no
             network, or not in the cache when offline.
@@ -57,14 +63,19 @@ def open_hub(
 
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     if not (offline or constants.HF_HUB_OFFLINE):
-        return _online(repo_id, revision, token, cache, shards)
+        return _online(repo_id, file, revision, token, cache, shards)
     if shards != "keep":
         raise HtsrError("Streaming or dropping shards needs the hub, which `offline` excludes.")
-    return _offline(repo_id, revision, cache)
+    return _offline(repo_id, file, revision, cache)
 
 
 def _online(
-    repo_id: str, revision: str | None, token: str | None, root: Path, shards: str
+    repo_id: str,
+    file: str | None,
+    revision: str | None,
+    token: str | None,
+    root: Path,
+    shards: str,
 ) -> Checkpoint:
     from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
@@ -86,21 +97,20 @@ def _online(
         return bytes(content)
 
     def header_of(name: str) -> tuple[Shard, Header]:
-        data, file = b"", remote[name]
-
-        def read(begin: int, length: int) -> bytes:
-            nonlocal data
-            if begin + length > len(data):
-                wanted = min(max(begin + length, FIRST), file.nbytes)
-                buffer = bytearray(wanted - len(data))
-                ranges.read(file, len(data), memoryview(buffer))
-                data += buffer
-            return data[begin : begin + length]
-
-        header = read_header(read, file.nbytes, f"{name} of {repo_id}")
+        start = Start(ranges, remote[name])
+        header = read_header(start.read, start.file.nbytes, f"{name} of {repo_id}")
         if shards != "stream":
+            data = start.data
             notes.write_header(commit, name, data[: 8 + int.from_bytes(data[:8], "little")])
-        return _shard(name, file.nbytes, commit, header), header
+        return _shard(name, start.file.nbytes, commit, header.sha256), header
+
+    def gguf_of(name: str) -> gguf.Part:
+        start = Start(ranges, remote[name])
+        try:
+            metadata, tensors, sha256 = gguf_header(start.read, start.file.nbytes)
+        except ValueError as error:
+            raise gguf.damaged(f"{name} of {repo_id}", error) from None
+        return metadata, _shard(name, start.file.nbytes, commit, sha256), tensors
 
     def cached(name: str) -> Path | None:
         return cache.find(commit, name)
@@ -120,7 +130,7 @@ def _online(
     if shards != "stream":
         sizes = {name: remote[name].nbytes if name in remote else 0 for name in names}
         notes.write(revision or "main", commit, sizes)
-    return _listed(repo_id, commit, names, small, header_of, store)
+    return _listed(repo_id, file, commit, names, small, header_of, gguf_of, store)
 
 
 def _list_files(
@@ -148,7 +158,7 @@ def _list_files(
         if not isinstance(name, str) or not NAME.fullmatch(name):
             continue  # in a sub-folder, or nothing that a checkpoint has
         names.append(name)
-        if any(fnmatchcase(name, pattern) for pattern in WANTED):
+        if any(fnmatchcase(name, pattern) for pattern in READ):
             size, blob, large = file.get("size"), file.get("blobId"), file.get("lfs")
             sha256 = large.get("sha256") if isinstance(large, dict) else None
             known = sha256 if large else blob
@@ -159,7 +169,7 @@ def _list_files(
     return commit, names, remote
 
 
-def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
+def _offline(repo_id: str, file: str | None, revision: str | None, root: Path) -> Checkpoint:
     """From the cache: what an online run listed, or else the snapshot in the cache."""
     import huggingface_hub
 
@@ -174,10 +184,15 @@ def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
                     revision=revision,
                     cache_dir=root,
                     local_files_only=True,
-                    allow_patterns=WANTED,
+                    allow_patterns=READ,
                 )
             )
-        return dataclasses.replace(open_folder(folder), name=repo_id, revision=folder.name)
+        there_are = [path.name for path in folder.iterdir()]
+        chosen = file or gguf.only_model(there_are)
+        if chosen is None:
+            return dataclasses.replace(open_folder(folder), name=repo_id, revision=folder.name)
+        name = f"{repo_id}/{gguf.title_of(chosen)}"
+        return dataclasses.replace(gguf.open_gguf(folder / chosen), name=name, revision=folder.name)
 
     def cached(name: str) -> Path | None:
         return cache.find(commit, name)
@@ -195,40 +210,55 @@ def _offline(repo_id: str, revision: str | None, root: Path) -> Checkpoint:
         noted = notes.header(commit, name)
         if noted is None:
             local, header = local_header(there(name))
-            return _shard(name, local.nbytes, commit, header), header
+            return _shard(name, local.nbytes, commit, header.sha256), header
         size = sizes.get(name, 0)
         header = read_header(lambda begin, length: noted[begin : begin + length], size, name)
-        return _shard(name, size, commit, header), header
+        return _shard(name, size, commit, header.sha256), header
+
+    def gguf_of(name: str) -> gguf.Part:
+        metadata, local, tensors = gguf.read_local(there(name))
+        return metadata, _shard(name, local.nbytes, commit, local.sha256), tensors
 
     def small(name: str) -> bytes:
         return read_small(there(name))
 
-    return _listed(
-        repo_id, commit, list(sizes), small, header_of, OfflineShards(cache, there, cached, {})
-    )
+    store = OfflineShards(cache, there, cached, {})
+    return _listed(repo_id, file, commit, list(sizes), small, header_of, gguf_of, store)
 
 
 def _listed(
     repo_id: str,
+    file: str | None,
     commit: str,
     names: list[str],
     small: Callable[[str], bytes],
     header_of: Callable[[str], tuple[Shard, Header]],
+    gguf_of: Callable[[str], gguf.Part],
     store: Store,
 ) -> Checkpoint:
+    chosen = file or gguf.only_model(names)
+    if chosen is not None:
+        parts = [gguf_of(name) for name in gguf.parts_of(chosen, set(names).__contains__, repo_id)]
+        return gguf.assembled(f"{repo_id}/{gguf.title_of(chosen)}", commit, parts, store)
     files, index = choose_files(names, small, repo_id)
     config = parse_config(names, small)
     return Checkpoint(repo_id, commit, config, list_tensors(files, index, header_of), store)
 
 
-def _shard(name: str, nbytes: int, commit: str, header: Header) -> Shard:
-    return Shard(name, nbytes, f"{commit}:{header.sha256}")
+def _shard(name: str, nbytes: int, commit: str, sha256: str) -> Shard:
+    return Shard(name, nbytes, f"{commit}:{sha256}")
 
 
 def snapshot(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None, offline: bool
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    weights: bool = True,
 ) -> Path:
-    """A model's or an adapter's folder in the cache: safetensors, configuration, tokenizer.
+    """A model's or an adapter's folder in the cache: configuration, tokenizer, and safetensors
+    unless ``weights`` is False.
 
     Raises:
         HtsrError: as ``open_hub``.
@@ -243,7 +273,7 @@ def snapshot(
             cache_dir=cache_dir,
             local_files_only=offline,
             allow_patterns=MODEL,
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["*/*", "consolidated*", *([] if weights else ["*.safetensors"])],
         )
     return Path(found)
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
+from htsr_alloc.checkpoints.halves import Half, halves_of
 from htsr_alloc.checkpoints.listing import TensorRef, natural
+from htsr_alloc.checkpoints.roles import roles_of
 from htsr_alloc.checkpoints.rules import (
     EXPERT_WORD,
     NUMBER,
@@ -22,6 +25,9 @@ from htsr_alloc.checkpoints.rules import (
     skip_reason,
 )
 from htsr_alloc.errors import HtsrError
+
+if TYPE_CHECKING:
+    import torch
 
 # The word before a block's number, by the families that use it. A number after any other word
 # makes a block only when the same weights recur under at least two numbers; and bare weights
@@ -47,7 +53,8 @@ class MatrixRef:
     """A matrix to analyse: a 2-d tensor, or slice ``index`` of a 3-d one.
 
     ``role`` is the checkpoint's own word (``q_proj``, ``attention.output.dense``): the shortest
-    ending that is unambiguous in this checkpoint. ``expert`` is its number inside a mixture.
+    ending that is unambiguous in this checkpoint. ``expert`` is its number inside a mixture, and
+    ``half`` what of a slice it is that joins an expert's gate and up.
     """
 
     ref: TensorRef
@@ -55,22 +62,33 @@ class MatrixRef:
     layer: int
     role: str
     expert: int | None
+    half: Half | None = None
 
     @property
     def name(self) -> str:
-        """The tensor's name, with ``[i]`` for a slice."""
-        return self.ref.name if self.index is None else f"{self.ref.name}[{self.index}]"
+        """The tensor's name, with ``[i]`` for a slice and ``[i,gate]`` for a half of one."""
+        if self.index is None:
+            return self.ref.name
+        own = f"{self.index},{self.half.word}" if self.half else str(self.index)
+        return f"{self.ref.name}[{own}]"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) as stored; a GPT-2 Conv1D is stored as (d_in, d_out).
 
-        Of a 3-d tensor that is one matrix (XLNet) the columns are heads times their width.
+        Of a 3-d tensor that is one matrix (XLNet) the columns are heads times their width. A half
+        is (d_out, d_in), as it would be apart.
         """
         if self.index is None:
             return self.ref.shape[0], math.prod(self.ref.shape[1:])
         rows, columns = self.ref.shape[-2:]
-        return rows, columns
+        if self.half is None:
+            return rows, columns
+        return (columns // 2, rows) if self.half.inputs_first else (rows // 2, columns)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix, from the tensor or the slice that was read."""
+        return weight.reshape(self.shape) if self.half is None else self.half.of(weight)
 
     @property
     def module(self) -> str:
@@ -101,6 +119,7 @@ def map_layers(
     tensors: Sequence[TensorRef],
     *,
     num_hidden_layers: int | None = None,
+    architecture: str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> LayerMap:
@@ -110,6 +129,7 @@ def map_layers(
         tensors: as the checkpoint lists them.
         num_hidden_layers: the configuration's count; in a model with one stack, blocks from
             this number on are extra (multi-token prediction) and are skipped.
+        architecture: the model's, which says how stacks of experts join gate and up.
         include, exclude: shell patterns on tensor names, as ``*self_attn*``. A tensor must
             match some ``include`` (if any) and no ``exclude``.
 
@@ -158,7 +178,8 @@ def map_layers(
             raise HtsrError(f"{stack}.{max(found[stack])}: no model has that many blocks.")
         first[stack] = len(prefixes)
         prefixes += [f"{stack}.{i}" for i in range(max(found[stack]) + 1)]
-    roles = _roles(kept, blocks)
+    halves = halves_of(tensors, architecture)
+    roles = roles_of(kept, blocks, halves)
     matrices = []
     for ref in kept:
         stack, block = blocks[ref.name]
@@ -169,10 +190,15 @@ def map_layers(
         if experts and ref.shape[0] > MAX_EXPERTS:
             raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
         if experts:
-            matrices += [MatrixRef(ref, i, layer, roles[ref.name], i) for i in range(ref.shape[0])]
+            own = [(roles[ref.name, half], half) for half in halves.get(ref.name, (None,))]
+            matrices += [
+                MatrixRef(ref, i, layer, role, i, half)
+                for i in range(ref.shape[0])
+                for role, half in own
+            ]
         else:
             expert = int(parts[position].removeprefix("expert_")) if position else None
-            matrices.append(MatrixRef(ref, None, layer, roles[ref.name], expert))
+            matrices.append(MatrixRef(ref, None, layer, roles[ref.name, None], expert))
     matrices.sort(key=lambda m: (m.layer, natural(m.name)))
     return LayerMap(tuple(prefixes), tuple(matrices), tuple(skipped.items()), tuple(quantised))
 
@@ -236,40 +262,3 @@ def _nested(parts: Sequence[str], at: int) -> int | None:
         if place < len(parts) and NUMBER.fullmatch(parts[place]):
             return place if place == at + 1 or parts[place - 1] in STACK_WORDS else None
     return None
-
-
-def _roles(kept: Sequence[TensorRef], blocks: dict[str, tuple[str, int]]) -> dict[str, str]:
-    """Tensor name -> role: its path inside the block, cut to the shortest unambiguous ending."""
-    inner: dict[str, tuple[str, ...]] = {}
-    for ref in kept:
-        path = re.sub(r"[._]?weight$", "", ref.name).split(".")
-        expert = expert_position(ref.name)
-        if expert:
-            del path[expert]
-        inner[ref.name] = tuple(path[blocks[ref.name][0].count(".") + 2 :])
-    # Numbers inside a block (T5's layer.0) say nothing, unless two weights differ by them alone.
-    per_block = Counter(
-        (blocks[name], _wordy(path))
-        for name, path in inner.items()
-        if expert_position(name) is None
-    )
-    ambiguous = {path for (_, path), count in per_block.items() if count > 1}
-    paths = {
-        name: path if _wordy(path) in ambiguous else _wordy(path) for name, path in inner.items()
-    }
-    owners: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
-    for path in set(paths.values()):
-        for start in range(len(path)):
-            owners[path[start:]].add(path)
-
-    def shortest(path: tuple[str, ...]) -> str:
-        for start in range(len(path) - 1, 0, -1):
-            if len(owners[path[start:]]) == 1 and not path[start].isdecimal():
-                return ".".join(path[start:])
-        return ".".join(path)
-
-    return {name: shortest(path) for name, path in paths.items()}
-
-
-def _wordy(path: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(part for part in path if not part.isdecimal())

@@ -114,6 +114,11 @@ class Shard:
     identity: str
     stamp: str = ""
 
+    @property
+    def sha256(self) -> str:
+        """Of its header, which the identity ends in."""
+        return self.identity.rpartition(":")[2]
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -250,7 +255,7 @@ def refuse_format(names: Sequence[str], where: Path | str) -> None:
     if any(name.endswith(".gguf") for name in names):
         raise HtsrError(
             f"{where} holds GGUF files and no safetensors.",
-            "Give one of them by its path; a hub's after `hf download`.",
+            f"Name one of them, as {where}/{next(n for n in names if n.endswith('.gguf'))}.",
         )
     if any(name.endswith(".distcp") for name in names):
         raise HtsrError(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from htsr_alloc.checkpoints.gguf import PART, open_gguf
+from htsr_alloc.checkpoints.gguf import only_model, open_gguf
 from htsr_alloc.checkpoints.local import open_file, open_folder
 from htsr_alloc.checkpoints.reading import Checkpoint
 from htsr_alloc.errors import HtsrError
 
 SHARDS = ("keep", "drop", "stream")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([^/]+\.gguf)")
 
 
 def open_checkpoint(
@@ -29,8 +30,8 @@ def open_checkpoint(
     """List a checkpoint's tensors from its headers.
 
     Args:
-        source: a ``.safetensors`` or ``.gguf`` file, a folder, or a hub id (``org/name``). What
-            exists on disk is taken first.
+        source: a ``.safetensors`` or ``.gguf`` file, a folder, a hub id (``org/name``), or a GGUF
+            file of one (``org/name/FILE.gguf``). What exists on disk is taken first.
         revision, token, cache_dir, offline: passed to huggingface_hub for a hub id.
         shards: what is done with a hub id's weights. ``keep`` downloads them to the hub's cache,
             ``drop`` keeps each file only until its matrices are done, ``stream`` reads byte
@@ -52,12 +53,16 @@ def open_checkpoint(
     if path.is_dir():
         only = _only_gguf(path)
         return open_folder(path) if only is None else open_gguf(only)
-    text = str(source)
+    text, file = str(source), None
+    named = HUB_FILE.fullmatch(text)
+    if named and named[2]:
+        text, file = named[1], named[3]
     if HUB_ID.fullmatch(text) and not text.endswith((".safetensors", ".gguf")):
         from htsr_alloc.checkpoints import hub
 
         return hub.open_hub(
             text,
+            file=file,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -74,11 +79,7 @@ def open_checkpoint(
 def _only_gguf(folder: Path) -> Path | None:
     """The one GGUF model of a folder without safetensors, by its first file."""
     try:
-        names = sorted(path.name for path in folder.iterdir())
+        only = only_model(path.name for path in folder.iterdir())
     except OSError:
         return None  # which the listing of the folder says
-    found = [name for name in names if name.endswith(".gguf")]
-    first = [name for name in found if not PART.fullmatch(name) or "-00001-of-" in name]
-    if len(first) != 1 or any(name.endswith(".safetensors") for name in names):
-        return None
-    return folder / first[0]
+    return None if only is None else folder / only

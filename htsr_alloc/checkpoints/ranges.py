@@ -26,6 +26,8 @@ LONGEST_ASKED = 300.0  # seconds that a server may ask us to wait, in all
 HEADERS = 3  # times the client's time-out: connection, redirects and headers of one answer
 SLOWEST, GRACE = 1000.0, 20.0  # bytes per second of one answer, after so many seconds
 
+FIRST = 100_000  # bytes of a file that are asked for first: most headers are shorter
+
 log = logging.getLogger(__name__)
 
 
@@ -160,6 +162,23 @@ class Ranges:
                 )
                 hf_raise_for_status(bare)
             yield response
+
+
+class Start:
+    """The first bytes of a file, asked for as far as they are read; ever more at a time."""
+
+    def __init__(self, ranges: Ranges, file: RemoteFile) -> None:
+        self.ranges, self.file, self.data = ranges, file, b""
+
+    def read(self, begin: int, length: int) -> bytes:
+        """Exactly these bytes."""
+        here = len(self.data)
+        if begin + length > here:
+            more = 2 * here if here > FIRST else FIRST
+            buffer = bytearray(min(max(begin + length, more), self.file.nbytes) - here)
+            self.ranges.read(self.file, here, memoryview(buffer))
+            self.data += buffer
+        return self.data[begin : begin + length]
 
 
 def begun(send: Callable[[], Any], seconds: float) -> Any:

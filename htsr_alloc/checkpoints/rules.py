@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef
 
@@ -36,7 +37,18 @@ LEFT_ALONE = (
     (rf"(^|\.){HEADS_APART}$", "its heads are a dimension of one tensor, not of a linear module"),
 )
 EXPERT = "one of the base's own experts"
+# The last words of an expert's up matrix -> of its gate, which transformers joins with it.
+GATE_OF = {"up_proj": "gate_proj", "w3": "w1"}
 EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
+# Stacks of experts that may join gate and up, and the down beside each (GGUF, Granite, Aria).
+STACKS = (
+    ("gate_up_proj", "down_proj"),
+    ("gate_up_proj.weight", "down_proj.weight"),
+    ("input_linear.weight", "output_linear.weight"),
+    ("fc1.weight", "fc2.weight"),
+)
+# Architectures whose stacks take a row of gate and one of up by turns, not one after the other.
+INTERLEAVED = ("GptOss", "gpt_oss")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
@@ -97,6 +109,18 @@ def is_mixture(name: str, dims: int) -> bool:
     """Whether a tensor of this full name and number of dimensions belongs to experts."""
     stacked = dims == 3 or is_numbered_expert(name) or has_words(STACKED_2D, name)
     return EXPERT_WORD.search(name) is not None and stacked
+
+
+def inputs_first(gate_up: Sequence[int], down: Sequence[int]) -> bool | None:
+    """Whether stacks of experts are (experts, d_in, d_out) and not (experts, d_out, d_in).
+
+    By the sizes of a joined gate and up and of the down beside it, which never fit both. None where
+    the first is no joined gate and up.
+    """
+    (p, q), (a, b) = gate_up[-2:], down[-2:]
+    if (p, q) == (2 * b, a):
+        return False
+    return True if (p, q) == (b, 2 * a) else None
 
 
 def is_router(module: str) -> bool:

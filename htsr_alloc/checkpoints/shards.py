@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from htsr_alloc import files
 from htsr_alloc.checkpoints.cache import HubCache, download
+from htsr_alloc.checkpoints.gguf import read_local
 from htsr_alloc.checkpoints.listing import Shard, Transfer
 from htsr_alloc.checkpoints.local import LocalFiles, local_header
 from htsr_alloc.checkpoints.ranges import Ranges, RemoteFile
@@ -166,8 +167,8 @@ def checked(path: Path, shard: Shard, file: RemoteFile | None, cache: HubCache) 
     """
     why = None
     try:
-        local, header = local_header(path)
-        if shard.nbytes != local.nbytes or not shard.identity.endswith(header.sha256):
+        local = _local(path)
+        if shard.nbytes != local.nbytes or shard.sha256 != local.sha256:
             why = "does not match the size or header listed by the hub"
         elif file is not None and file.sha256 and files.sha256(path) != file.sha256:
             why = "does not match the SHA-256 listed by the hub"
@@ -183,3 +184,8 @@ def checked(path: Path, shard: Shard, file: RemoteFile | None, cache: HubCache) 
         f"{shard.name} as downloaded {why}; {done}.",
         "Run the same command again to fetch it again.",
     )
+
+
+def _local(path: Path) -> Shard:
+    """A file on this machine, of either kind."""
+    return read_local(path)[1] if path.suffix == ".gguf" else local_header(path)[0]

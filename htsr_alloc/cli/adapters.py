@@ -27,11 +27,11 @@ class Opened:
     base: Base
 
 
-def base_of(model: str, hub: Hub) -> Base:
-    """A model that the user names."""
+def base_of(model: str, hub: Hub, weights: bool = True) -> Base:
+    """A model that the user names; without its weights where only its shape is asked for."""
     from htsr_alloc.training.handing import Base
 
-    folder = hub.folder(model)
+    folder = hub.folder(model, weights)
     at_home = Path(model).expanduser().exists() or str(folder) == str(Path(model).expanduser())
     return Base(model, folder, None if at_home else folder.name)
 

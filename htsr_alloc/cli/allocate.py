@@ -67,7 +67,8 @@ def allocate(
     ] = None,
     targets: Annotated[
         list[str] | None,
-        "Name of linears that are adapted, for parameter budgets and --per-module; repeatable.",
+        "Name of linears that are adapted, for parameter budgets and --per-module; with --for lora "
+        "also experts, a mixture's own. Repeatable.",
     ] = None,
     stack: Annotated[
         str | None, "Allocate one stack of layers only, as language_model or visual."

@@ -44,9 +44,9 @@ def build(
     """
     from htsr_alloc import files
     from htsr_alloc.lora_moe.build import build as put_on
-    from htsr_alloc.lora_moe.build import control as plain_lora
     from htsr_alloc.lora_moe.build import describe, empty_model, load, open_model, resolve_layers
     from htsr_alloc.lora_moe.linears import left_alone_in
+    from htsr_alloc.lora_moe.plain import control as plain_lora
     from htsr_alloc.lora_moe.systems import DEFAULT
     from htsr_alloc.training.handing import whole_files
     from htsr_alloc.training.models import silence
@@ -55,7 +55,7 @@ def build(
     loaded = load(allocation)
     if not dry_run and output is None:
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")
-    named = base_of(model, hub)
+    named = base_of(model, hub, weights=not dry_run)
     base = empty_model(named.folder) if dry_run else open_model(named.folder)
     prefixes = resolve_layers(base, loaded)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout)

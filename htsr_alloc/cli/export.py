@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,9 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.records.lora import Lora
 
 if TYPE_CHECKING:
-    from htsr_alloc.checkpoints.reading import Checkpoint
+    from htsr_alloc.allocation.exports import Modules
+    from htsr_alloc.checkpoints.layers import LayerMap
+    from htsr_alloc.records import Allocation
 
 
 def export(
@@ -46,16 +49,34 @@ def export(
         files.refuse_overwriting(output, [allocation])
     loaded = records.loads(records.Allocation, files.read_bytes(allocation), allocation.name)
     lora = Lora.of(loaded, r, lora_alpha, lora_dropout, target_modules or ())
-    modules = modules_of(hub.open(model)) if model is not None else None
+    modules = None
+    if model is not None:
+        found = layer_map_of(hub.open(model))
+        modules = modules_of(found)
+        if any(matrix.expert is not None for matrix in found.matrices):
+            loaded, modules = in_transformers(hub, model, loaded, lora)
+            lora = replace(lora, target_modules=())
     Screen(quiet=quiet).save(EXPORTS[to](loaded, lora, modules), output)
 
 
-def modules_of(checkpoint: Checkpoint) -> dict[str, list[str]]:
+def in_transformers(
+    hub: Hub, model: str, allocation: Allocation, lora: Lora
+) -> tuple[Allocation, Modules]:
+    """The names that transformers gives a mixture, which its checkpoint does not have."""
+    from htsr_alloc.lora_moe.build import empty_model
+    from htsr_alloc.lora_moe.plain import plain_modules
+
+    base = empty_model(hub.folder(model, weights=False))
+    return plain_modules(base, allocation, lora.target_modules or None)
+
+
+def modules_of(layer_map: LayerMap) -> Modules:
     """Block prefix -> the names of its linear modules."""
-    layer_map = layer_map_of(checkpoint)
+    from htsr_alloc.allocation.exports import Modules
+
     modules: dict[str, list[str]] = {prefix: [] for prefix in layer_map.prefixes}
     for matrix in layer_map.matrices:
         names = modules[layer_map.prefixes[matrix.layer]]
         if matrix.module not in names:
             names.append(matrix.module)
-    return modules
+    return Modules(modules)

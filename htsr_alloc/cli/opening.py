@@ -49,15 +49,17 @@ class Hub:
             shards=shards,
         )
 
-    def folder(self, source: str) -> Path:
-        """A model's folder on this machine; of a hub id ``org/name`` the snapshot in the cache."""
+    def folder(self, source: str, weights: bool = True) -> Path:
+        """A model's folder on this machine; of a hub id ``org/name`` the snapshot in the cache,
+        with or without its weights."""
         path = Path(source).expanduser()
         if path.exists() or not REPOSITORY.fullmatch(source):
             return path  # whoever reads it says what is missing
         from htsr_alloc.checkpoints.hub import snapshot
 
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        return snapshot(source, self.revision, self.token, self.cache_dir, self.offline)
+        where = self.revision, self.token, self.cache_dir, self.offline
+        return snapshot(source, *where, weights)
 
     def rows(self, source: str) -> Path:
         """A JSON lines file; of a data set of the hub, ``org/name`` or ``org/name:split``, a copy.
@@ -127,6 +129,7 @@ def layer_map_of(checkpoint: Checkpoint, selection: Selection | None = None) -> 
     return map_layers(
         checkpoint.tensors,
         num_hidden_layers=checkpoint.num_hidden_layers,
+        architecture=checkpoint.architecture,
         **selection.patterns(checkpoint),
     )
 

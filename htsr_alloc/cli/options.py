@@ -43,7 +43,10 @@ def _path(text: str | Path) -> Path:
 
 
 OutFile = Annotated[Optional[Path], "File to write; - is stdout."]
-Source = Annotated[str, typer.Argument(help="A .safetensors or .gguf file, a folder, or a hub id.")]
+Source = Annotated[
+    str,
+    typer.Argument(help="A .safetensors or .gguf file, a folder, a hub id, or org/name/FILE.gguf."),
+]
 Quiet = Annotated[bool, "Print no notes and no progress."]
 Strict = Annotated[bool, "Exit with code 3 when a matrix could not be fitted."]
 LoraR = Annotated[Optional[int], "Rank r of one expert; default 8. Under torchrun write --lora-r."]
@@ -54,7 +57,9 @@ LoraAlpha = Annotated[
 ]
 LoraDropout = Annotated[float, "Dropout probability on the experts' input."]
 Target = Annotated[
-    list[str] | None, "Name of the linear modules to adapt, such as q_proj; repeatable."
+    list[str] | None,
+    "Name of the linear modules to adapt, such as q_proj; plain LoRA also takes experts, a "
+    "mixture's own. Repeatable.",
 ]
 OfAdapter = Annotated[
     str | None, "Folder or hub id of the model; default the one that the adapter names."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,29 +148,6 @@ def describe(
     return rows
 
 
-def control(
-    model: nn.Module,
-    allocation: Allocation | str | Path,
-    *,
-    r: int = export.Lora.r,
-    lora_alpha: float = export.Lora.lora_alpha,
-    lora_dropout: float = export.Lora.lora_dropout,
-    target_modules: Sequence[str] | None = None,
-) -> str:
-    """The control without routers: arguments of ``peft.LoraConfig``, as JSON.
-
-    Plain LoRA of rank N r on the same modules, by ``rank_pattern`` (``htsr export --to
-    peft-rank``); it has the experts' parameters, and none of the routers'.
-    """
-    allocation = load(allocation)
-    prefixes = resolve_layers(model, allocation)
-    named = renamed(model, allocation, prefixes)
-    modules: Mapping[str, list[str]] = resolve_modules(model, prefixes, named, target_modules)
-    lora = export.Lora(r, lora_alpha, lora_dropout)
-    everywhere = {prefix: modules.get(prefix, [prefix]) for prefix in prefixes}
-    return export.to_peft_rank(named, lora, everywhere)
-
-
 def empty_model(folder: Path) -> nn.Module:
     """A model from its config.json alone, on the meta device: shapes without weights.
 
@@ -179,7 +157,7 @@ def empty_model(folder: Path) -> nn.Module:
     import torch
 
     kind, config = _model_class(folder)
-    with torch.device("meta"):
+    with transformers_errors(f"make a model of {folder}"), torch.device("meta"):
         return kind(config) if "from_config" not in dir(kind) else kind.from_config(config)
 
 
@@ -190,11 +168,9 @@ def open_model(folder: Path) -> nn.Module:
         HtsrError: no model that transformers can load.
     """
     kind, _ = _model_class(folder)
-    try:
+    with transformers_errors(f"load {folder}"):
         options = {"trust_remote_code": False, "use_safetensors": True}
         return kind.from_pretrained(folder, dtype="auto", **options)
-    except (ValueError, OSError) as error:
-        raise _cannot(folder, error) from None
 
 
 def open_config(folder: Path) -> Any:
@@ -207,10 +183,8 @@ def open_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise HtsrError(f"{folder} has no config.json.", "Give a model's folder.")
-    try:
+    with transformers_errors(f"make a model of {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise _cannot(folder, error) from None
     _refuse_huge(config.to_dict(), folder)
     return config
 
@@ -236,6 +210,20 @@ def _refuse_huge(config: Mapping[str, Any], folder: Path) -> None:
             raise HtsrError(f"{folder} has {key} {value}: at most {MAX_BLOCKS} are accepted.")
 
 
-def _cannot(folder: Path, error: Exception) -> HtsrError:
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return HtsrError(f"transformers cannot make a model of {folder}: {reason}")
+@contextmanager
+def transformers_errors(doing: str) -> Iterator[None]:
+    """Whatever transformers raises, which checks few types, as one sentence.
+
+    Raises:
+        HtsrError: that transformers cannot do it, and its own first line.
+    """
+    try:
+        yield
+    except (HtsrError, MemoryError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        reason = (str(error).strip().splitlines() or [""])[0] or kind
+        own = isinstance(error, ValueError | OSError)  # sentences; others need their kind
+        said = reason if own or reason == kind else f"{reason} ({kind})"
+        raise HtsrError(f"transformers cannot {doing}: {said}") from error

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from torch import nn
 
+from htsr_alloc.allocation.units import BASE_EXPERTS
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.lora_moe.fused import own_experts
 from htsr_alloc.lora_moe.linears import feed_forward, left_out, widths
 from htsr_alloc.lora_moe.names import Names
 from htsr_alloc.lora_moe.systems import System
@@ -109,17 +111,25 @@ def resolve_modules(
 
     Args:
         targets: ends of names; None: all but those that ``linears.left_out`` names, or what the
-            system adapts.
+            system adapts. ``experts`` are the base's own, of which stacks are named as parameters.
+        system: None for plain LoRA.
 
     Raises:
         HtsrError: a target that is nowhere, or twice in one block; a listed linear that the model
-            does not have.
+            does not have; the base's own experts for a system.
     """
     if isinstance(targets, str):
         raise HtsrError(
             "build takes target_modules as a list of names.", "Or leave it out for every linear."
         )
     linears = [name for name, module in model.named_modules() if widths(module)]
+    experts_too = targets is not None and BASE_EXPERTS in targets
+    if experts_too and system is not None:
+        raise HtsrError(
+            f"{system.title} cannot be put inside the base's own experts.",
+            "Plain LoRA can: allocate ranks for it, and train with the system lora.",
+        )
+    own = own_experts(model) if experts_too else []
     listed = {module.name: module.experts for module in allocation.modules}
     for name in listed:
         if name not in linears:
@@ -143,14 +153,17 @@ def resolve_modules(
             inside = [n for n in inside if n in usual]
         if targets is not None:
             matched = {t: [n for n in inside if n.endswith("." + t)] for t in targets}
+            if experts_too:
+                matched[BASE_EXPERTS] = [n for n in own if n.startswith(prefix + ".")]
             for target, names in matched.items():
-                if len(names) > 1:
+                if len(names) > 1 and target != BASE_EXPERTS:
                     raise HtsrError(
                         f"{target} is in {prefix} {len(names)} times: {', '.join(names)}.",
                         "Give a longer end of the name for each.",
                     )
                 unused -= {target} if names else set()
-            inside = [n for n in inside if any(n in names for names in matched.values())]
+            wanted = {n for names in matched.values() for n in names}
+            inside = [n for n in dict.fromkeys((*inside, *own)) if n in wanted]
         if listed:
             inside = [name for name in inside if listed[name]]
         if len(inside) if listed else experts:

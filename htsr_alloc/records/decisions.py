@@ -68,9 +68,10 @@ class StrategyRecord:
     ``spread`` is the ratio of quotas that beta was solved for. ``farms`` are the windows that the
     score was measured on. ``scores`` is the file that the score came from, ``metric`` then its
     column. ``pool`` says among which linears a budget was shared, of those in ``targets`` (roles;
-    null is all): ``role``, each role by itself, or ``all``. ``stack`` is the part of the model that
-    was allocated (null is all of it), and ``score_over`` the matrices that a layer's score is the
-    mean over: null is all, ``adapted`` those that get experts.
+    null is all; ``experts`` are the base's own): ``role``, each role by itself, or ``all``.
+    ``stack`` is the part of the model that was allocated (null is all of it), and ``score_over``
+    the matrices that a layer's score is the mean over: null is all, ``adapted`` those that get
+    experts.
     """
 
     name: str

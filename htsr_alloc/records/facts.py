@@ -138,7 +138,9 @@ class File:
 class Matrix:
     """One weight matrix. Numbers are null only where ``reason`` says why.
 
-    ``tensor`` names it: the checkpoint's tensor, with ``[i]`` for slice i of a 3-d one.
+    ``tensor`` names it: the checkpoint's tensor, with ``[i]`` for slice i of a 3-d one, and
+    ``[i,gate_proj]`` for the gate in a slice that joins an expert's gate and up. Such a half has
+    the shape (d_out, d_in), any other the stored one.
     ``n_eigs`` eigenvalues were kept and ``n_zero`` found to be zero (together min(shape));
     ``k`` is the number of eigenvalues in the fitted tail; ``peak_gap`` is the count of the
     fullest histogram bin less that of the second (0: a tie, the first bin won).

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Allocation, Matrix, Metrics
+from htsr_alloc.records import Allocation, Metrics
 from htsr_alloc.records.tables import layer_values, role_values
-
-Identity = tuple[int, str, "int | None", int]  # layer, role, expert, which of several alike
+from htsr_alloc.reports.pairing import identified, in_like_words, unmatched
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class MetricsComparison:
         roles: means over the layers.
         matrices: the same layer, role and expert in both: first those with a value in one file
             only, then the most changed.
-        unmatched: matrices of one file only.
+        unmatched: matrices of one file only; with the reason where the other has them joined with
+            others, or apart.
         settings: what the two were measured differently by, as ``estimator: official, ks``.
         mean_change, largest_change: of the layers' absolute differences.
     """
@@ -122,19 +121,20 @@ def compare(
 
 def compare_metrics(reference: Metrics, other: Metrics, metric: str) -> MetricsComparison:
     """See ``compare``."""
+    reference, other = in_like_words(reference, other)
     a, b = layer_values(reference, metric), layer_values(other, metric)
     if len(a) == len(b):
         sides = [
             (x.prefix, x.reason, y.reason)
             for x, y in zip(reference.layers, other.layers, strict=True)
         ]
-        by, pairs, unmatched = "layer", *_matrices(reference, other, metric)
+        by, pairs, alone = "layer", *_matrices(reference, other, metric)
     else:
         few = min(len(a), len(b))
         depths = np.arange(few) / max(1, few - 1)
         a, b = _at_depths(a, depths), _at_depths(b, depths)
         sides = [(f"depth {depth:.2f}", None, None) for depth in depths]
-        by, pairs, unmatched = "relative depth", (), ()
+        by, pairs, alone = "relative depth", (), ()
     layers = tuple(
         _pair(name, x, y, why_x, why_y)
         for (name, why_x, why_y), x, y in zip(sides, a, b, strict=True)
@@ -146,7 +146,7 @@ def compare_metrics(reference: Metrics, other: Metrics, metric: str) -> MetricsC
         layers=layers,
         roles=_roles(reference, other, metric),
         matrices=pairs,
-        unmatched=unmatched,
+        unmatched=alone,
         settings=tuple(_settings(reference, other)),
         correlation=_correlation(a, b),
         mean_change=float(np.mean(changes)) if changes else None,
@@ -229,7 +229,7 @@ def _matrices(
     reference: Metrics, other: Metrics, metric: str
 ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
     """The pairs, the most changed first; then what has no partner."""
-    a, b = _identified(reference.matrices), _identified(other.matrices)
+    a, b = identified(reference.matrices), identified(other.matrices)
     pairs = []
     for key in a.keys() & b.keys():
         values = [getattr(side[key], metric) for side in (a, b)]
@@ -237,20 +237,7 @@ def _matrices(
         pair = _pair(a[key].tensor, x, y, a[key].reason, b[key].reason)
         pairs.append((key, pair))
     pairs.sort(key=lambda item: (-_change(item[1]), item[0][0], item[1].name))
-    unmatched = [f"{m.tensor}: only in the reference" for key, m in a.items() if key not in b]
-    unmatched += [f"{m.tensor}: only in the other file" for key, m in b.items() if key not in a]
-    return tuple(pair for _, pair in pairs), tuple(unmatched)
-
-
-def _identified(matrices: Iterable[Matrix]) -> dict[Identity, Matrix]:
-    """By layer, role and expert: the tensors' names may have another prefix in another file."""
-    seen: Counter = Counter()
-    found = {}
-    for matrix in matrices:
-        key = (matrix.layer, matrix.role, matrix.expert)
-        found[(*key, seen[key])] = matrix
-        seen[key] += 1
-    return found
+    return tuple(pair for _, pair in pairs), tuple(unmatched(a, b))
 
 
 def _roles(reference: Metrics, other: Metrics, metric: str) -> tuple[Pair, ...]:

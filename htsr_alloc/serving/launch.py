@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.saved import is_mixture, read_gated
 
@@ -47,7 +48,8 @@ def needs_of(folder: Path) -> Needs:
     """What a saved mixture or plain LoRA needs of a server.
 
     Raises:
-        HtsrError: EM-LoRA, a mixture that holds more than experts, or no LoRA at all.
+        HtsrError: EM-LoRA, a mixture that holds more than experts, LoRA inside the base's own
+            experts, or no LoRA at all.
     """
     if is_mixture(folder):
         records = read_gated(folder)
@@ -55,6 +57,15 @@ def needs_of(folder: Path) -> Needs:
             max(len(record.ranks) for record in records.values()),
             max(record.experts for record in records.values()),
             frozenset(name.rpartition(".")[2] for name in records),
+        )
+    config = folder / "adapter_config.json"
+    text = files.read_bytes(config).decode("utf-8") if config.is_file() else "{}"
+    named = files.parse_json(text).get("target_parameters") or []
+    stacks = [name for name in named if not name.endswith(".weight")]  # and no linear's
+    if stacks:
+        raise HtsrError(
+            f"{folder} adapts the base's own experts ({stacks[0]}), which is not served.",
+            "Merge it: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().",
         )
     path = folder / "adapter_model.safetensors"
     ranks = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ class Baseline:
         start: starts the adapted model from batches of the training data.
         callbacks: what the Trainer must do while it trains.
         resumes: whether a checkpoint holds all that a run continues from.
+        parameters: whether it adapts parameters, as those that stack a base's experts.
         whole: whether every weight is trained, so that there is no allocation, rank or budget.
     """
 
@@ -44,6 +46,7 @@ class Baseline:
     start: Callable[[Any, Sequence[Batch]], None] | None = None
     callbacks: tuple[type[TrainerCallback], ...] = ()
     resumes: bool = True
+    parameters: bool = False
     whole: bool = False
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +75,12 @@ def _lora(model: Any, plain: dict[str, Any], steps: int, **more: Any) -> Any:
     """Plain LoRA; each linear's alpha grows with its rank, so that alpha / r is everywhere."""
     ranks = whole_ranks(plain["rank_pattern"])
     plain = {**plain, "r": max(1, round(plain["r"])), "rank_pattern": ranks}
-    return get_peft_model(model, LoraConfig(**plain, **more))
+    with warnings.catch_warnings():  # PEFT looks for the patterns among the modules alone
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        try:
+            return get_peft_model(model, LoraConfig(**plain, **more))
+        except ValueError as error:
+            raise HtsrError(f"PEFT cannot adapt this model: {error}") from error
 
 
 def _rslora(model: Any, plain: dict[str, Any], steps: int) -> Any:
@@ -164,10 +172,10 @@ def _full(model: Any, plain: dict[str, Any], steps: int) -> Any:
 
 
 BASELINES: dict[str, Baseline] = {
-    "lora": Baseline("LoRA", "arXiv 2106.09685", _lora),
+    "lora": Baseline("LoRA", "arXiv 2106.09685", _lora, parameters=True),
     "dora": Baseline("DoRA", "arXiv 2402.09353", partial(_lora, use_dora=True)),
     "pissa": Baseline("PiSSA", "arXiv 2404.02948", partial(_lora, init_lora_weights="pissa")),
-    "rslora": Baseline("rsLoRA", "arXiv 2312.03732", _rslora),
+    "rslora": Baseline("rsLoRA", "arXiv 2312.03732", _rslora, parameters=True),
     "eva": Baseline("EVA", "arXiv 2410.07170", _eva, start=_start_eva),
     "adalora": Baseline(
         "AdaLoRA", "arXiv 2303.10512", _adalora, callbacks=(AllocateRanks,), resumes=False

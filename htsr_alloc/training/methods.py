@@ -14,8 +14,9 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from htsr_alloc.errors import HtsrError, check_choice
-from htsr_alloc.lora_moe.build import build, control
+from htsr_alloc.lora_moe.build import build
 from htsr_alloc.lora_moe.config import SETTINGS, LoraMoeConfig
+from htsr_alloc.lora_moe.plain import control
 from htsr_alloc.lora_moe.systems import DEFAULT, SYSTEMS, System
 from htsr_alloc.records import Allocation
 from htsr_alloc.records.convert import convert
@@ -125,6 +126,12 @@ class Adapter:
         task = {"task_type": task_type, "modules_to_save": list(heads) or None}
         if isinstance(method, Baseline):
             plain = {} if allocation is None else json.loads(control(model, allocation, **shared))
+            inside = plain.get("target_parameters")
+            if inside and not method.parameters:
+                raise HtsrError(
+                    f"{method.title} cannot adapt a parameter, as {inside[0]} is.",
+                    "Take the system lora or rslora.",
+                )
             return method.put_on(model, {**plain, **task}, steps)
         shared |= {"system": self.system, **task, **dict(self.settings)}
         if allocation is None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError, check_choice
-from htsr_alloc.lora_moe.build import open_config
+from htsr_alloc.lora_moe.build import open_config, transformers_errors
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
 from htsr_alloc.training.causal import refuse_unless_causal
@@ -75,13 +75,10 @@ def open_auto(kind: Any, folder: Path, dtype: torch.dtype, **more: Any) -> Any:
         HtsrError: no model of this kind that transformers can load from safetensors.
     """
     open_config(folder)
-    try:
+    with transformers_errors(f"load {folder}"):
         return kind.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **more
         )
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise HtsrError(f"transformers cannot load {folder}: {reason}") from None
 
 
 def head_labels(folder: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from htsr_alloc.allocation import Bounds, allocate, parse_params, parse_share, quotas
+from htsr_alloc.allocation.scorefile import read_scores
 from htsr_alloc.allocation.spend import spend
 from htsr_alloc.allocation.units import ExpertCost, cost_of
 from htsr_alloc.errors import HtsrError
@@ -324,3 +325,74 @@ def test_smollm2_within_ten_million():
         spent += module.experts * (8 * (d_in + d_out) + (d_in if module.experts > 1 else 0))
     assert spent == result.parameters.spent
     assert 0 <= 10_000_000 - spent < 576  # the steps' common divisor is 64 or more
+
+
+def without_linears(metrics: Metrics, layer: int) -> Metrics:
+    """The metrics where the linears of one layer are the base's own experts."""
+    own = [m for m in metrics.matrices if m.layer == layer]
+    experts = {
+        m.tensor: dataclasses.replace(
+            m, expert=0, tensor=f"model.layers.{layer}.experts.0.{m.role}"
+        )
+        for m in own
+    }
+    return dataclasses.replace(
+        metrics, matrices=tuple(experts.get(m.tensor, m) for m in metrics.matrices)
+    )
+
+
+@pytest.mark.parametrize("strategy", ["alphalora", "uniform", "mola"])
+def test_a_layer_of_experts_alone_gets_none_and_costs_nothing(strategy):
+    """The others get what they get of a model that does not have this layer."""
+    roles = {"q_proj": (8, 8), "up_proj": (16, 8)}
+    alphas = [2.0, 3.0, 4.0, 5.0]
+    metrics = without_linears(linears(roles, [[alpha] * 2 for alpha in alphas]), 2)
+    more = {"groups": (1, 2)} if strategy == "mola" else {}
+    made = allocate(metrics, strategy=strategy, params=2000, r=2, **more)
+    assert made.experts[2] == made.top_k[2] == 0
+    assert made.evidence[2].reason == "no linear of this layer is adapted"
+    assert made.evidence[2].quota is made.evidence[2].score is None
+    assert loads(Allocation, dumps(made), "here") == made
+    if strategy != "mola":  # whose groups are of all the layers
+        rest = linears(roles, [[alpha] * 2 for alpha in (2.0, 3.0, 5.0)])
+        same = allocate(rest, strategy=strategy, params=2000, r=2)
+        assert [n for i, n in enumerate(made.experts) if i != 2] == list(same.experts)
+        assert made.parameters == same.parameters
+    else:
+        assert made.experts[3] > made.experts[0] == made.experts[1]
+
+
+def test_a_layer_of_experts_alone_may_have_a_score_of_its_own(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("layer,score\n0,1\n1,9\n2,2\n")
+    metrics = without_linears(linears({"q_proj": (8, 8)}, [[2.0], [3.0], [4.0]]), 1)
+    made = allocate(metrics, scores=read_scores(path), params=1500, r=2, beta=1.0)
+    assert made.experts[1] == 0
+    assert [row.score for row in made.evidence] == [1, None, 2]
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        ("mlp.experts.1.{}.weight", ("gate_proj", "up_proj")),
+        ("mlp.experts.gate_up_proj[1,{}]", ("gate_proj", "up_proj")),
+        ("moe.experts.1.{}.weight", ("w1", "w3")),
+    ],
+)
+def test_the_gate_and_the_up_of_an_expert_have_one_a(inside, words):
+    """As transformers joins them: r (d_in + 2 d_out); apart from shared and dense ones."""
+    gate, up = (
+        matrix(
+            0,
+            tensor=f"model.layers.0.{inside.format(word)}",
+            role=f"{start}{word}",  # each is cut to what is unambiguous
+            expert=1,
+            shape=(24, 16),
+        )
+        for word, start in zip(words, ("", "experts."), strict=True)
+    )
+    assert cost_of([gate, up], 2, Model("x"), routers=False).lora == 2 * (16 + 24 + 24)
+    alone = cost_of([up], 2, Model("x"), routers=False)
+    assert alone.lora == 2 * (16 + 24)  # of experts without a gate
+    dense = [dataclasses.replace(m, expert=None) for m in (gate, up)]
+    assert cost_of(dense, 2, Model("x"), routers=False).lora == 2 * 2 * (16 + 24)

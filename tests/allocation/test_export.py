@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.commands import llama, write_shards
 
-from htsr_alloc.allocation.exports import Lora, to_axolotl, to_csv, to_mola, to_peft_rank
+from htsr_alloc.allocation.exports import Lora, Modules, to_axolotl, to_csv, to_mola, to_peft_rank
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation, Evidence, Module, dumps
 
@@ -94,7 +94,7 @@ def test_every_pattern_is_escaped_and_matches_one_module():
     experts = [1, 4, 0, 7, 2, 3, 2, 1, 1, 1, 5, 6]  # layers 1, 10 and 11 must not be mixed up
     own = modules(12)
     every = [name for names in own.values() for name in names]
-    config = json.loads(to_peft_rank(allocation(experts), Lora(r=8, lora_alpha=16), own))
+    config = json.loads(to_peft_rank(allocation(experts), Lora(r=8, lora_alpha=16), Modules(own)))
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16)
     keys = list(config["rank_pattern"])
     assert keys == list(config["alpha_pattern"])
@@ -120,7 +120,7 @@ def test_odd_names_are_escaped():
     names = {"net+x.(0)": ["net+x.(0).w[a]", "net+x.(0).w1", "net+x.(0).wXa"]}
     rows = (Evidence(0, "net+x.(0)", 1.0, 1.0, 2),)
     loaded = dataclasses.replace(allocation([2]), evidence=rows)
-    config = json.loads(to_peft_rank(loaded, Lora(), names))
+    config = json.loads(to_peft_rank(loaded, Lora(), Modules(names)))
     for key in config["rank_pattern"]:
         assert len(matched(key, names["net+x.(0)"])) == 1
 
@@ -129,7 +129,9 @@ def test_odd_names_are_escaped():
 def test_modules_that_a_head_puts_under_a_prefix_get_their_ranks(with_model):
     own = modules(2)
     lora = Lora(target_modules=() if with_model else ("q_proj", "up_proj"))
-    config = json.loads(to_peft_rank(allocation([3, 1]), lora, own if with_model else None))
+    config = json.loads(
+        to_peft_rank(allocation([3, 1]), lora, Modules(own) if with_model else None)
+    )
     every = [f"bert.{name}" for names in own.values() for name in names]
     chosen = targeted(config, every)
     assert chosen >= {n for n in every if n.endswith(("q_proj", "up_proj"))}
@@ -142,20 +144,22 @@ def test_a_name_that_is_the_end_of_another_is_refused():
     rows = tuple(Evidence(i, prefix, 1.0, 1.0, 2) for i, prefix in enumerate(both))
     loaded = dataclasses.replace(allocation([2, 2]), evidence=rows)
     with pytest.raises(HtsrError, match="does not match exactly one module"):
-        to_peft_rank(loaded, Lora(), both)
+        to_peft_rank(loaded, Lora(), Modules(both))
 
 
 def test_targets_choose_among_the_modules():
     own = modules(2)
-    config = json.loads(to_peft_rank(allocation([3, 1]), Lora(target_modules=("q_proj",)), own))
+    config = json.loads(
+        to_peft_rank(allocation([3, 1]), Lora(target_modules=("q_proj",)), Modules(own))
+    )
     assert targeted(config, [name for names in own.values() for name in names]) == {
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     }
     with pytest.raises(HtsrError, match=r"No module under model\.layers\.0 is one of c_attn"):
-        to_peft_rank(allocation([3, 1]), Lora(target_modules=("c_attn",)), own)
+        to_peft_rank(allocation([3, 1]), Lora(target_modules=("c_attn",)), Modules(own))
     with pytest.raises(HtsrError, match="is one of proj"):  # whole words only
-        to_peft_rank(allocation([3, 1]), Lora(target_modules=("proj",)), own)
+        to_peft_rank(allocation([3, 1]), Lora(target_modules=("proj",)), Modules(own))
 
 
 def test_without_the_model_one_pattern_serves_a_layer_and_target():
@@ -174,14 +178,14 @@ def test_without_the_model_one_pattern_serves_a_layer_and_target():
 
 def test_peft_rank_refuses_the_wrong_model():
     with pytest.raises(HtsrError, match=r"has transformer\.h\.0, which is not in the allocation"):
-        to_peft_rank(allocation([1, 1]), Lora(), modules(2, "transformer.h.{}"))
+        to_peft_rank(allocation([1, 1]), Lora(), Modules(modules(2, "transformer.h.{}")))
     with pytest.raises(HtsrError, match=r"no module under model\.layers\.2"):
-        to_peft_rank(allocation([1, 1, 1]), Lora(), modules(2))
+        to_peft_rank(allocation([1, 1, 1]), Lora(), Modules(modules(2)))
 
 
 def test_peft_rank_refuses_a_deeper_model():
     with pytest.raises(HtsrError, match=r"model\.layers\.2, which is not in the allocation"):
-        to_peft_rank(allocation([1, 1]), Lora(), modules(3))
+        to_peft_rank(allocation([1, 1]), Lora(), Modules(modules(3)))
 
 
 def test_peft_rank_refuses_what_it_cannot_name():
@@ -190,7 +194,7 @@ def test_peft_rank_refuses_what_it_cannot_name():
     with pytest.raises(HtsrError, match="which modules to adapt"):
         to_peft_rank(allocation([1]), Lora())
     with pytest.raises(HtsrError, match="nothing to train"):
-        to_peft_rank(allocation([0, 0]), Lora(), modules(2))
+        to_peft_rank(allocation([0, 0]), Lora(), Modules(modules(2)))
     bare = dataclasses.replace(allocation([1]), evidence=())
     with pytest.raises(HtsrError, match="does not say which modules"):
         to_peft_rank(bare, Lora(target_modules=("q_proj",)))
@@ -234,7 +238,7 @@ def test_axolotl_with_several_ranks_has_peft_s_patterns(targets, with_model):
     experts = [1, 4, 2] + [3] * 9  # layers 1, 10 and 11 must not be mixed up
     own = modules(12)
     lora = Lora(r=8, lora_alpha=16, target_modules=targets)
-    config = as_peft(to_axolotl(allocation(experts), lora, own if with_model else None))
+    config = as_peft(to_axolotl(allocation(experts), lora, Modules(own) if with_model else None))
     every = [name for names in own.values() for name in names]
     wanted = {n for n in every if not targets or n.endswith(targets)}
     assert targeted(config, every) == wanted
@@ -352,7 +356,7 @@ def by_linears(counts, names=("self_attn.q_proj", "mlp.up_proj")):
 def test_each_linear_gets_its_own_rank_and_no_other_is_targeted(named):
     made = by_linears([[3, 1], [0, 2]])
     lora = Lora(r=4, lora_alpha=8)
-    config = json.loads(to_peft_rank(made, lora, modules(2) if named else None))
+    config = json.loads(to_peft_rank(made, lora, Modules(modules(2)) if named else None))
     every = [name for names in modules(2).values() for name in names]
     wanted = {m.name: m.experts for m in made.modules if m.experts}
     assert targeted(config, every) == set(wanted)
@@ -371,7 +375,7 @@ def test_targets_choose_among_the_listed_linears():
 def test_a_listed_linear_that_the_model_lacks_is_refused():
     made = by_linears([[3, 1], [1, 2]], names=("self_attn.q_proj", "mlp.w1"))
     with pytest.raises(HtsrError, match=r"model\.layers\.0\.mlp\.w1, which is not a linear"):
-        to_peft_rank(made, Lora(), modules(2))
+        to_peft_rank(made, Lora(), Modules(modules(2)))
 
 
 def test_mola_has_no_words_for_linears():

@@ -206,7 +206,7 @@ def test_two_models_in_a_folder_are_not_chosen_from(tmp_path):
         write(tmp_path / f"{name}.gguf", weights())
     with pytest.raises(HtsrError, match="holds GGUF files and no safetensors") as told:
         open_checkpoint(tmp_path)
-    assert "by its path" in str(told.value.hint)
+    assert str(told.value.hint) == f"Name one of them, as {tmp_path}/a.gguf."
 
 
 # --- hostile files --------------------------------------------------------------------------

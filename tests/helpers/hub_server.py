@@ -38,6 +38,7 @@ from pathlib import Path
 TOKEN = "hf_canaryCANARYcanary0123456789"
 SIGNATURE = "signedSIGNEDsigned"  # of the store's addresses: whoever has it may read
 COMMITS = {"tiny": "0123456789abcdef0123456789abcdef01234567", "next": "e" * 40, "old": "f" * 40}
+LARGE = (".safetensors", ".gguf")  # which come from the store
 REFS = {"main": COMMITS["tiny"], "v0": COMMITS["old"]}
 
 
@@ -221,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"rfilename": file.name, "blobId": blob, "oid": blob, "size": size}
-        if file.suffix == ".safetensors":
+        if file.suffix in LARGE:
             entry["lfs"] = {"sha256": found, "oid": found, "size": size, "pointerSize": 134}
         return entry
 
@@ -234,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         etag = f'"{sha256(file)}"'
         headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes"}
-        if file.suffix != ".safetensors":
+        if file.suffix not in LARGE:
             return 200, headers, file.read_bytes()
         # Large files are redirected to a store, as LFS files are; to the client, another host.
         store = state.url.replace("127.0.0.1", "localhost")

@@ -16,8 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from htsr_alloc.allocation import allocate
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
-from htsr_alloc.lora_moe.build import control, describe, resolve_layers
+from htsr_alloc.lora_moe.build import describe, resolve_layers
 from htsr_alloc.lora_moe.model import layers_of
+from htsr_alloc.lora_moe.plain import control
 from htsr_alloc.records import Evidence, Module, dumps
 
 
@@ -271,3 +272,21 @@ def test_build_writes_an_adapter(invoke, tmp_path):
     assert done.rc == 0
     model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "adapter")
     assert len(list(layers_of(model))) == 14
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_local_experts": -1}, r"negative dimension .*\(RuntimeError\)"),
+        ({"hidden_size": 32, "num_attention_heads": 0}, r"zero.*\(ZeroDivisionError\)"),
+        ({"hidden_act": "no such"}, r"no such.*\(KeyError\)"),
+    ],
+)
+def test_what_transformers_raises_is_one_sentence(config, said, tmp_path):
+    from htsr_alloc.lora_moe.build import empty_model
+
+    whole = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    whole |= {"num_hidden_layers": 1, **config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(HtsrError, match=f"^transformers cannot make a model of .*: .*{said}"):
+        empty_model(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import warnings
 
@@ -41,5 +42,14 @@ def test_a_family_all_the_way_with_the_parameters_that_were_asked(families, task
 def test_a_family_that_cannot_be_made_says_why(families, tmp_path):
     found = families.go("image", "resnet", tmp_path)
     assert found.done == []
-    assert found.reason.startswith("its smallest model here has")
+    assert re.fullmatch(r"its smallest model here has \d+ M parameters\.", found.reason)
     assert families.row(found).startswith("| resnet | image |")
+
+
+def test_what_transformers_raises_is_said_to_be_its_own(families, tmp_path):
+    found = families.go("vl", "chameleon", tmp_path)
+    assert found.reason.startswith("transformers cannot make it of these small numbers: ")
+    assert found.reason.endswith(".")
+    assert families.first_line(ValueError("First:\n\n  second. ")) == "First: second."
+    assert families.first_line(KeyError()) == "KeyError."
+    assert len(families.first_line(ValueError("x" * 999))) == 163

@@ -50,6 +50,15 @@ def test_what_an_adapter_needs(folders):
     assert (plain.rank, plain.experts, plain.linears) == (40, 0, {"o_proj"})
     with pytest.raises(HtsrError, match="holds no LoRA"):
         needs_of(folders / "model")
+    config = folders / "plain" / "adapter_config.json"
+    given = json.loads(config.read_text())
+    for name, served in (("down_proj.weight", True), ("experts.down_proj", False)):
+        config.write_text(json.dumps(given | {"target_parameters": [f"model.layers.0.mlp.{name}"]}))
+        if served:  # one linear, named by its weight
+            assert needs_of(folders / "plain") == plain
+        else:
+            with pytest.raises(HtsrError, match=r"adapts the base's own experts .*is not served"):
+                needs_of(folders / "plain")
 
 
 def test_the_server_gets_what_its_adapters_need(folders, invoke):

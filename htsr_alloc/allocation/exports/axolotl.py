@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from htsr_alloc.allocation.exports.modules import Modules, named_layers
+from htsr_alloc.allocation.exports.modules import Modules, check_named, named_layers
 from htsr_alloc.allocation.exports.peft_rank import to_peft_rank
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
@@ -23,6 +23,7 @@ def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = Non
         HtsrError: nothing to train; layers whose modules are not known; an alpha that is not whole,
             which axolotl refuses; what ``to_peft_rank`` refuses.
     """
+    check_named(lora, modules)
     counts = [row.experts for row in allocation.modules] or allocation.experts
     present = sorted(set(counts) - {0})
     if not present:
@@ -34,6 +35,8 @@ def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = Non
         config["lora_target_modules"] = made["target_modules"]
         config["lora_rank_pattern"] = made["rank_pattern"]
         config["lora_alpha_pattern"] = made["alpha_pattern"]
+        if "target_parameters" in made:
+            config["lora_target_parameters"] = made["target_parameters"]
     else:
         config |= _by_layers(allocation, lora, present)
     alphas = [config["lora_alpha"], *config.get("lora_alpha_pattern", {}).values()]

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from htsr_alloc.allocation.units import BASE_EXPERTS
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
+from htsr_alloc.records.lora import Lora
 
-Modules = Mapping[str, Sequence[str]]  # block prefix -> full names of the linears in it
+# What PEFT takes for parts of a mixture's experts where a model is one, wherever they are.
+TAKEN = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What of a model may be adapted.
+
+    Attributes:
+        names: block prefix -> full names of the linears in it.
+        parameters: those of the names that are a parameter's, and no module's: a tensor of
+            experts, or the weight of a linear that PEFT would take for an expert's.
+    """
+
+    names: Mapping[str, Sequence[str]]
+    parameters: frozenset[str] = frozenset()
+
+
+def check_named(lora: Lora, modules: Modules | None) -> None:
+    """Raise HtsrError for a target whose names only a model has."""
+    for target in lora.target_modules if modules is None else ():
+        last = target.rpartition(".")[2]
+        if target == BASE_EXPERTS:
+            raise HtsrError(
+                "The names of a model's own experts are transformers', not the checkpoint's.",
+                "Give `model`.",
+            )
+        if last != target and last in TAKEN:
+            raise HtsrError(
+                f"In a mixture PEFT takes every {last} for its experts', {target} too.",
+                "Give `model`, by which each linear is named so that PEFT does not.",
+            )
 
 
 def refuse_ranks(what: str, allocation: Allocation) -> None:

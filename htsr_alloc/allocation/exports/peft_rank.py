@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from htsr_alloc.allocation.exports.modules import Modules, named_layers
+from htsr_alloc.allocation.exports.modules import Modules, check_named, named_layers
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation
 from htsr_alloc.records.lora import Lora
@@ -26,22 +26,23 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
     that are ranks already stay as they are.
 
     Args:
-        modules: block prefix -> full names of the linears in it. With it every module has a
-            pattern of its own, checked to match it and nothing else; without it there is one
-            pattern a layer and target.
+        modules: with it every module has a pattern of its own, checked to match it and nothing
+            else; without it there is one pattern a layer and target. Its ``parameters`` become
+            ``target_parameters``; of a tensor of experts each expert gets the rank.
 
     Raises:
         HtsrError: no layer prefixes in the allocation, nothing to target, a prefix without
-            modules, modules of a prefix that is not in the allocation, or a pattern that does not
-            match exactly one module.
+            modules, modules of a prefix that is not in the allocation, a pattern that does not
+            match exactly one module, or dropout on parameters.
     """
     layers = named_layers(allocation)
+    check_named(lora, modules)
     if modules is None and not lora.target_modules and not allocation.modules:
         raise HtsrError(
             "PEFT must be told which modules to adapt.",
             "Give `model`, or their names as `target_modules`: q_proj, v_proj, ...",
         )
-    unknown = sorted(set(modules or ()) - layers.keys())
+    unknown = sorted(set(modules.names if modules else ()) - layers.keys())
     if unknown:
         raise HtsrError(
             f"The model has {unknown[0]}, which is not in the allocation.",
@@ -55,18 +56,30 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
         raise HtsrError("No layer has an expert, so that there is nothing to train.")
     named = modules is not None or bool(allocation.modules)
     if named:
-        every = [name for names in (modules or {}).values() for name in names]
+        every = _every(modules) if modules is not None else []
         _check_patterns(ranks, every or [module.name for module in allocation.modules])
+    targets = [_unescaped(key) for key in ranks]
+    inside = [name for name in targets if modules and name in modules.parameters]
+    if inside and lora.lora_dropout:
+        raise HtsrError(
+            f"PEFT has no dropout on a parameter, as {inside[0]} is.", "Give `lora_dropout` 0."
+        )
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": [_unescaped(key) for key in ranks] if named else _any_of(ranks),
+        "target_modules": [n for n in targets if n not in inside] if named else _any_of(ranks),
         "rank_pattern": {key: lora.rank(allocation, n) for key, n in ranks.items()},
         "alpha_pattern": {key: lora.alpha(allocation, n) for key, n in ranks.items()},
     }
+    if inside:
+        config["target_parameters"] = inside
     return json.dumps(config, indent=1) + "\n"
+
+
+def _every(modules: Modules) -> list[str]:
+    return [name for names in modules.names.values() for name in names]
 
 
 def _layer_ranks(layers: Mapping[str, int], lora: Lora, modules: Modules | None) -> dict[str, int]:
@@ -93,7 +106,7 @@ def _listed_ranks(allocation: Allocation, lora: Lora, modules: Modules | None) -
         raise HtsrError(f"The allocation lists no {' or '.join(lora.target_modules)}.")
     ranks = {module.name: module.experts for module in listed if module.experts}
     if modules is not None:
-        known = {name for names in modules.values() for name in names}
+        known = set(_every(modules))
         for name in ranks:
             if name not in known:
                 raise HtsrError(
@@ -113,7 +126,7 @@ def _any_of(patterns: Mapping[str, int]) -> str:
 
 def _selected(modules: Modules, prefix: str, lora: Lora) -> list[str]:
     """The layer's modules whose name is a target or ends in one."""
-    names = modules.get(prefix)
+    names = modules.names.get(prefix)
     if not names:
         raise HtsrError(
             f"The model has no module under {prefix}.",

@@ -32,7 +32,7 @@ class Explicit(Strategy):
 
     def plan(self, sharing: Sharing) -> Plan:
         """Checks only: nothing is rounded."""
-        layers, total = len(sharing.units), sum(self.experts)
+        layers, total = sharing.layers, sum(self.experts)
         if len(self.experts) != layers:
             raise HtsrError(f"`experts` lists {len(self.experts)} counts for {layers} layers.")
         if min(self.experts) < 0:

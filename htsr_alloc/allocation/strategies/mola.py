@@ -26,7 +26,8 @@ class Mola(Strategy):
 
     def plan(self, sharing: Sharing) -> Plan:
         """The groups' counts where no other budget is given, else in proportion to them."""
-        counts = mola_counts(self.groups, len(sharing.units))
+        own = mola_counts(self.groups, sharing.layers)
+        counts = [own[unit.layer] for unit in sharing.units]
         quotas = [float(count) for count in counts]
         record = sharing.record(self.name, groups=self.groups)
         if sharing.budget not in (None, Experts(sum(counts))):
