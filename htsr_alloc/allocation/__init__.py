@@ -28,6 +28,7 @@ from htsr_alloc.allocation.strategies import (
     Common,
     Explicit,
     Mola,
+    Random,
     Shrunk,
     Uniform,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Metric",
     "Mola",
     "Params",
+    "Random",
     "Rank",
     "Request",
     "Scores",

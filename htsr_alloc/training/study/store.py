@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.training.study.cells import Key
 
-Key = tuple[str, str, int]
 FILE_BYTE = 0  # held to change the file; cells hold later ones
 
 
 class Store:
-    """The finished cells of a study, by task, row and seed."""
+    """The finished cells of a study, by task, row, seed and tuned rate."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class Store:
         for number, line in enumerate(files.read_bytes(self.path).splitlines(), 1):
             try:
                 cell = json.loads(line)
-                found[(cell["task"], cell["row"], cell["seed"])] = cell
+                found[cell["task"], cell["row"], cell["seed"], cell.get("rate")] = cell
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise HtsrError(f"{self.path.name}, line {number}: this is not a cell.") from None
         return found

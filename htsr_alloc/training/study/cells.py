@@ -1,0 +1,163 @@
+"""A study's cells: which rows on which tasks with which seeds and rates, in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from htsr_alloc import files
+from htsr_alloc.records import METRICS, Metrics, loads
+from htsr_alloc.training.identity import content_of
+from htsr_alloc.training.settings import LEARNING_RATE, Recipe
+from htsr_alloc.training.study.plan import RowSpec, Study
+
+Key = tuple[str, str, int, float | None]
+Done = Mapping[Key, Mapping[str, Any]]
+NOTHING: Done = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its test; ``rate`` is None where the row is not tuned."""
+
+    task: str
+    row: RowSpec
+    seed: int
+    rate: float | None = None
+
+    @property
+    def key(self) -> Key:
+        """What a result is found by."""
+        return self.task, self.row.name, self.seed, self.rate
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        rate = "" if self.rate is None else f", rate {self.rate:g}"
+        return f"{self.task}: {self.row.name}, seed {self.seed}{rate}"
+
+    def recipe(self, study: Study) -> Recipe:
+        """The study's recipe with this seed, the task's steps and the row's rate, if any."""
+        rate = self.rate or self.row.learning_rate or study.recipe.learning_rate
+        return dataclasses.replace(
+            study.recipe,
+            save_every=0,  # a cell that is interrupted begins again
+            seed=self.seed,
+            steps=study.tasks[self.task].steps or study.recipe.steps,
+            learning_rate=rate or LEARNING_RATE,
+        )
+
+    def tunes(self, study: Study) -> bool:
+        """Whether its loss on validation rows has a part in the choice of the rate."""
+        return self.rate is not None and self.seed == study.seeds[0]
+
+
+def cells(study: Study, done: Done = NOTHING) -> list[Cell]:
+    """What is to run, as far as ``done`` tells which rates are the best.
+
+    The main rows of every task, seed by seed; then the others with the first seed. In a study that
+    tunes, task by task: every rate of every row, then the other seeds of the main rows.
+    """
+    main = [row for row in study.rows if row.main]
+    others = [row for row in study.rows if not row.main]
+    first = study.seeds[0]
+    if not study.learning_rates:
+        return [
+            *(Cell(task, row, s) for task in study.tasks for s in study.seeds for row in main),
+            *(Cell(task, row, first) for task in study.tasks for row in others),
+        ]
+    found = []
+    for task in study.tasks:
+        ordered = (*main, *others)
+        found += [Cell(task, row, first, rate) for row in ordered for rate in study.rates(row)]
+        best = {row.name: chosen(study, done, task, row) for row in main}
+        found += [
+            Cell(task, row, seed, rate)
+            for seed in study.seeds[1:]
+            for row in main
+            for rate in best[row.name]
+        ]
+    return found
+
+
+def planned(study: Study) -> int:
+    """How many cells there are when all is known."""
+    each = (len(study.rates(row)) + row.main * (len(study.seeds) - 1) for row in study.rows)
+    return len(study.tasks) * sum(each)
+
+
+def chosen(study: Study, done: Done, task: str, row: RowSpec) -> tuple[float | None, ...]:
+    """The one rate to test with, as a tuple; empty before it is known.
+
+    It is that of the first seed's least validation loss; a run that diverged loses to every other.
+    """
+    rates, losses = study.rates(row), []
+    if not study.tuned(row):
+        return rates
+    for rate in rates:
+        line = done.get((task, row.name, study.seeds[0], rate))
+        if line is None:
+            return ()
+        losses.append(math.inf if line["diverged"] else line["valid_loss"])
+    return (rates[losses.index(min(losses))],)
+
+
+def outcomes(study: Study, done: Done) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+    """The lines that the table is made of, by task, row and seed: those of the chosen rates."""
+    found = {}
+    for task in study.tasks:
+        for row in study.rows:
+            for rate in chosen(study, done, task, row):
+                for seed in study.seeds:
+                    if (key := (task, row.name, seed, rate)) in done:
+                        found[key[:3]] = done[key]
+    return found
+
+
+def fingerprint(study: Study, cell: Cell) -> str:
+    """A hash of everything that a cell's result depends on, but the machine and the versions."""
+    task, row = study.tasks[cell.task], cell.row
+    parts: dict[str, Any] = {
+        "model": study.model.name,
+        "config": content_of(study.model / "config.json"),
+        "train": content_of(task.train),
+        "test": content_of(task.test),
+        "valid": content_of(task.valid) if task.valid else None,
+        "test_rows": task.test_rows,
+        "row": _row(row),
+        "scores": _scores(row.metrics or study.metrics),
+        "recipe": dataclasses.asdict(cell.recipe(study)),
+    }
+    if study.valid_rows is not None:
+        parts["valid_rows"] = study.valid_rows
+    for name in ("experts", "r", "lora_alpha", "lora_dropout", "max_length", "dtype"):
+        parts[name] = getattr(study, name)
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Fields that the first study's rows did not have, and what they were then.
+LATER: Mapping[str, Any] = {"settings": {}, "match": "total", "draw": None}
+
+
+def _row(row: RowSpec) -> dict[str, Any]:
+    """A row's fields that a result depends on; those of ``LATER`` where they are given.
+
+    The grid is not among them: each cell's recipe has its own rate.
+    """
+    told_elsewhere = ("name", "main", "metrics", "learning_rates")
+    found = {k: v for k, v in dataclasses.asdict(row).items() if k not in told_elsewhere}
+    return {k: v for k, v in found.items() if k not in LATER or v != LATER[k]}
+
+
+def _scores(path: Path) -> list[tuple[float | None, ...]]:
+    """What an allocation takes from a metrics file; the rest of it may change."""
+    metrics = loads(Metrics, files.read_bytes(path), path.name)
+    return [tuple(getattr(layer, name) for name in METRICS) for layer in metrics.layers]
