@@ -61,7 +61,7 @@ def begun(stderr):
 
 def test_killed_at_any_moment_no_cell_is_lost_or_run_twice(plan, invoke):
     results, draw = plan.parent / "results.jsonl", random.Random(0)
-    planned = [cell.key for cell in cells(read_study(plan))]
+    planned = [key for cell in cells(read_study(plan)) for key in cell.keys]
     assert len(planned) == 12
     for workers in (2, 1):
         before, running = keys(results), [start(plan) for _ in range(workers)]
@@ -207,7 +207,7 @@ def test_the_published_study_keeps_its_fingerprints(tmp_path):
     found = "".join(fingerprint(study, cell) for cell in planned)
     assert hashlib.sha256(found.encode()).hexdigest() == FINGERPRINTS
     done = Store(ROOT / "data" / "study" / "smollm2.jsonl").read()
-    assert sorted(done) == sorted(cell.key for cell in planned)
+    assert sorted(done) == sorted(key for cell in planned for key in cell.keys)
     check_rows(study)
 
 
@@ -306,7 +306,7 @@ def test_all_tasks_hold_the_rows_that_every_task_has(plan):
 
 def test_the_main_rows_of_every_task_come_first(plan):
     study = read_study(plan)
-    planned = [cell.key for cell in cells(study)]
+    planned = [key for cell in cells(study) for key in cell.keys]
     main = {row.name for row in study.rows if row.main}
     assert len(set(planned)) == len(planned)
     count = len(main) * len(study.seeds) * len(study.tasks)
@@ -320,7 +320,7 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     hits = {("uniform", 1): "1100", ("uniform", 2): "1000", ("LoRA", 1): "1111",
             ("LoRA", 2): "1110", ("untrained", 1): "0000"}  # fmt: skip
     for cell in cells(study):
-        if cell.task == "words" and (cell.row.name, cell.seed) in hits:
+        if cell.tasks == ("words",) and (cell.row.name, cell.seed) in hits:
             own = hits[cell.row.name, cell.seed]
             store.add(
                 {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,13 @@ pytest.importorskip("peft", reason="needs the extra [train]")
 pytest.importorskip("accelerate", reason="needs the extra [train]")
 
 from helpers import studies
+from helpers.commands import ROOT
 from helpers.studies import PLAN, lines, saved
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training.study import bootstrap, chance, summary, table
 from htsr_alloc.training.study.budget import fitted
-from htsr_alloc.training.study.cells import cells, chosen, outcomes, planned
+from htsr_alloc.training.study.cells import cells, chosen, fingerprint, outcomes, planned
 from htsr_alloc.training.study.plan import RowSpec, check_rows, read_study
 from htsr_alloc.training.study.store import Store
 
@@ -62,7 +62,7 @@ def test_the_rate_of_the_least_validation_loss_is_tested_on_every_seed(tuned, in
         own = {rate: held["words", row.name, 1, rate] for rate in RATES}
         losses = {rate: line["valid_loss"] for rate, line in own.items()}
         best = min(losses, key=lambda rate: losses[rate])
-        assert chosen(study, held, "words", row) == (best,)
+        assert chosen(study, held, ["words"], row) == (best,)
         later = [key for key in held if key[1] == row.name and key[2] == 2]
         assert later == ([("words", row.name, 2, best)] if row.main else [])
         assert outcomes(study, held)["words", row.name, 1] is own[best]
@@ -102,20 +102,20 @@ def test_a_rate_is_chosen_when_the_whole_row_is_there_and_never_one_that_diverge
     study = read_study(tuned)
     row = study.rows[1]
     found = {("words", row.name, 1, RATES[0]): made(0.5)}
-    assert chosen(study, found, "words", row) == ()
+    assert chosen(study, found, ["words"], row) == ()
     assert all(cell.seed == 1 for cell in cells(study, found))
     found["words", row.name, 1, RATES[1]] = made(0.4)
-    assert chosen(study, found, "words", row) == (RATES[1],)
+    assert chosen(study, found, ["words"], row) == (RATES[1],)
     assert [c.rate for c in cells(study, found) if c.seed == 2] == [RATES[1]]
     found["words", row.name, 1, RATES[1]] = made(None, diverged="NaN")
-    assert chosen(study, found, "words", row) == (RATES[0],)
-    assert chosen(study, found, "words", study.rows[0]) == (None,)  # untrained
+    assert chosen(study, found, ["words"], row) == (RATES[0],)
+    assert chosen(study, found, ["words"], study.rows[0]) == (None,)  # untrained
 
 
 def test_every_row_of_the_first_task_is_tuned_first_the_main_ones_before_the_others(folder):
     task = TUNED["tasks"]["words"]
     study = read_study(saved(folder, {**TUNED, "tasks": {"a": task, "b": task}}))
-    order = [(cell.task, cell.row.name) for cell in cells(study)]
+    order = [(cell.tasks[0], cell.row.name) for cell in cells(study)]
     assert order == sorted(order, key=lambda key: key[0])
     assert [row for task, row in order if task == "a"] == [
         *("uniform", "uniform", "LoRA", "LoRA", "untrained", "MoLA", "MoLA")
@@ -178,10 +178,10 @@ def test_an_active_budget_that_cannot_be_met_names_the_row(folder):
 
 def naive(own, base, stream):
     """Every draw with loops, from the same counts."""
-    generator = np.random.default_rng([20261129, stream])
     s, n = len(own), len(own[0])
-    seeds = generator.multinomial(s, [1 / s] * s, bootstrap.DRAWS)
-    rows = generator.multinomial(n, [1 / n] * n, bootstrap.DRAWS)
+    generators = [np.random.default_rng([20261129, kind, stream]) for kind in (0, 1)]
+    seeds = generators[0].multinomial(s, [1 / s] * s, bootstrap.DRAWS)
+    rows = generators[1].multinomial(n, [1 / n] * n, bootstrap.DRAWS)
     means = []
     for a, b in zip(seeds, rows, strict=True):
         total = 0.0
@@ -194,7 +194,7 @@ def naive(own, base, stream):
 def test_the_bootstrap_is_the_naive_one():
     draw = np.random.default_rng(1)
     own, base = draw.normal(size=(3, 8)).tolist(), draw.normal(size=(3, 8)).tolist()
-    found, means = bootstrap.paired(own, base, 2), naive(own, base, 2)
+    found, means = bootstrap.paired(own, base, 2, 2), naive(own, base, 2)
     assert found.draws == pytest.approx(means)
     made = found.difference
     assert made.mean == pytest.approx(np.mean(own) - np.mean(base))
@@ -238,13 +238,115 @@ def test_the_intervals_cover_what_they_say():
 def test_the_mean_over_tasks_draws_each_by_itself():
     draw = np.random.default_rng(5)
     parts = [
-        bootstrap.paired(draw.normal(size=(2, 50)).tolist(), np.zeros((2, 50)).tolist(), stream)
+        bootstrap.paired(
+            draw.normal(size=(2, 50)).tolist(), np.zeros((2, 50)).tolist(), stream, stream
+        )
         for stream in range(4)
     ]
     found = bootstrap.averaged(parts).difference
     errors = [part.difference.error for part in parts]
     assert found.mean == pytest.approx(np.mean([part.difference.mean for part in parts]))
     assert found.error == pytest.approx(sum(e * e for e in errors) ** 0.5 / 4, rel=0.05)
+
+
+def test_tasks_of_one_model_share_their_seeds():
+    """Where the seeds alone differ, four tasks of one model say no more than one."""
+    zeros, matrix = np.zeros((3, 50)).tolist(), np.outer([-0.3, 0.0, 0.3], np.ones(50)).tolist()
+    errors = [
+        bootstrap.averaged(
+            [bootstrap.paired(matrix, zeros, i, 0 if shared else i) for i in range(4)]
+        ).difference.error
+        for shared in (True, False)
+    ]
+    assert errors[0] == pytest.approx(0.02**0.5, rel=0.05)
+    assert errors[1] == pytest.approx(0.02**0.5 / 2, rel=0.05)
+
+
+# --- several tasks in one model -----------------------------------------------------------------
+
+REGIME = {
+    **TUNED,
+    "tasks": {
+        "words": {**TUNED["tasks"]["words"], "steps": 4},
+        "choices": {
+            "train": "choices.jsonl",
+            "test": "choices.jsonl",
+            "valid": "test.jsonl",
+            "test_rows": 15,
+        },
+    },
+    "rows": [{"name": "uniform", "main": True}],
+}
+
+
+def test_one_model_of_all_tasks_is_tuned_on_their_mean_and_tested_on_each(folder, invoke):
+    path = saved(folder, {**REGIME, "regime": "together"})
+    done = invoke("study", path.name, "--device", "cpu")
+    assert done.rc == 0, done.stderr
+    study, held = read_study(path), Store(folder / "results.jsonl").read()
+    assert planned(study) == 3  # two rates, and the second seed at the better one
+    assert len(held) == 6
+    means = [
+        statistics.mean(held[t, "uniform", 1, r]["valid_loss"] for t in study.tasks) for r in RATES
+    ]
+    best = RATES[means.index(min(means))]
+    assert {key[3] for key in held if key[2] == 2} == {best}
+    own = held["words", "uniform", 1, best]
+    assert own["fingerprint"] == held["choices", "uniform", 1, best]["fingerprint"]
+    assert [own["n"], held["choices", "uniform", 1, best]["n"]] == [20, 15]
+    assert "before_loss" not in own
+    assert "3 of 3 cells" in done.stdout
+    assert "One model has learnt the rows of all tasks together." in done.stdout
+    assert " left)" not in invoke("study", path.name, "--device", "cpu").stderr
+
+
+def test_the_mix_holds_every_row_once_and_as_many_steps_as_the_tasks(folder, monkeypatch):
+    from htsr_alloc.training.study import running
+
+    seen = []
+
+    def stop(model, train, folder, recipe, **how):
+        seen.append((len(train), recipe.steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "make_trainer", stop)
+    for regime, want in (("together", (70, 7)), ("sequence", (40, 4)), ("each", (40, 4))):
+        study = read_study(saved(folder, {**REGIME, "regime": regime}))
+        with pytest.raises(KeyboardInterrupt):
+            running.run_cell(study, cells(study)[0], running.torch.device("cpu"))
+        assert seen.pop() == want
+
+
+def test_a_sequence_says_what_the_first_task_has_lost(folder, invoke):
+    path = saved(folder, {**REGIME, "regime": "sequence"})
+    done = invoke("study", path.name, "--device", "cpu")
+    assert done.rc == 0, done.stderr
+    study, held = read_study(path), Store(folder / "results.jsonl").read()
+    line = next(own for own in summary.summarise(study, held) if own.task == "words")
+    own = [held[key] for key in held if key[0] == "words" and key[3] == line.rate]
+    lost = statistics.mean(x["loss"] - x["before_loss"] for x in own)
+    assert line.forgot_loss == pytest.approx(lost)
+    assert "| lost accuracy | lost loss |" in done.stdout
+    assert all("before_loss" not in x for x in held.values() if x["task"] == "choices")
+
+    # What the model was after its own training is what a study of that task alone has.
+    alone = {**REGIME, "tasks": {"words": REGIME["tasks"]["words"]}, "results": "alone.jsonl"}
+    (folder / "alone.yaml").write_text(saved(folder, alone).read_text())
+    assert invoke("study", "alone.yaml", "--device", "cpu").rc == 0
+    for key, x in Store(folder / "alone.jsonl").read().items():
+        if key in held:
+            assert held[key]["before_loss"] == pytest.approx(x["loss"], abs=1e-6)
+
+
+def test_regimes_are_other_cells_and_adalora_has_no_sequence(folder):
+    made = [
+        read_study(saved(folder, {**REGIME, "regime": regime}))
+        for regime in ("each", "together", "sequence")
+    ]
+    assert len({fingerprint(study, cells(study)[0]) for study in made}) == 3
+    rows = [*REGIME["rows"], {"name": "a", "system": "adalora"}]
+    with pytest.raises(HtsrError, match="The row a: AdaLoRA plans one training"):
+        check_rows(read_study(saved(folder, {**REGIME, "regime": "sequence", "rows": rows})))
 
 
 # --- random allocations and the table -----------------------------------------------------------
@@ -325,9 +427,9 @@ def test_the_table_says_rate_edge_sizes_and_what_could_be_seen(folder):
     assert "80 % power" in text
 
 
-def test_the_published_plan_can_run():
-    root = Path(__file__).parents[2] / "data" / "study"
-    study = read_study(root / "second.yaml")
+@pytest.mark.parametrize("name", ["second", "together", "sequence"])
+def test_the_published_plans_can_run(name):
+    study = read_study(ROOT / "data" / "study" / f"{name}.yaml")
     check_rows(study)
     assert sum(row.draw is not None for row in study.rows) == 5
     for row in study.rows:

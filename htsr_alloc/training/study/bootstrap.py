@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 4000
+ORIGIN = 20261129  # of the random numbers
 TAILS = (0.025, 0.975)
 POWER = 2.80  # standard errors: z(0.975) + z(0.8), two-sided 5 % and 80 % power
 
@@ -48,7 +49,12 @@ class Paired:
         return Difference(mean, float(low), float(high), error, self.by_seed)
 
 
-def paired(own: Sequence[Sequence[float]], base: Sequence[Sequence[float]], stream: int) -> Paired:
+def paired(
+    own: Sequence[Sequence[float]],
+    base: Sequence[Sequence[float]],
+    row_stream: int = 0,
+    seed_stream: int = 0,
+) -> Paired:
     """Draw seeds and rows, both with replacement, and take each draw's mean difference.
 
     A draw has the same rows for every seed, as the study has (the pigeonhole bootstrap, Owen 2007,
@@ -56,19 +62,24 @@ def paired(own: Sequence[Sequence[float]], base: Sequence[Sequence[float]], stre
 
     Args:
         own, base: (S, n), of the same seeds and rows in the same order.
-        stream: of random numbers; tasks that are averaged need different ones.
+        row_stream, seed_stream: of random numbers. Tasks that are averaged have rows of their
+            own, and seeds of their own unless one model has learnt them.
     """
     matrix = np.asarray(own, float) - np.asarray(base, float)
     seeds, rows = matrix.shape
-    generator = np.random.default_rng([20261129, stream])
-    # How often a draw has each seed and each row, as shares.
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
-    by_row = generator.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
+    by_seed = _shares(seeds, 0, seed_stream)
+    by_row = _shares(rows, 1, row_stream)
     draws = ((by_seed @ matrix) * by_row).sum(1)
     return Paired(tuple(matrix.mean(1).tolist()), draws)
 
 
+def _shares(count: int, kind: int, stream: int) -> np.ndarray:
+    """How often each draw has each of ``count`` things, as shares: (DRAWS, count)."""
+    generator = np.random.default_rng([ORIGIN, kind, stream])
+    return generator.multinomial(count, np.full(count, 1 / count), DRAWS) / count
+
+
 def averaged(parts: Sequence[Paired]) -> Paired:
-    """The mean over tasks, which are drawn independently of each other."""
+    """The mean over tasks, whose streams say what they share."""
     seeds = np.mean([part.by_seed for part in parts], axis=0)
     return Paired(tuple(seeds.tolist()), np.mean([part.draws for part in parts], axis=0))

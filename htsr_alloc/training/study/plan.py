@@ -18,6 +18,7 @@ from htsr_alloc.records import Allocation, Metrics, loads
 from htsr_alloc.records.convert import convert
 from htsr_alloc.records.lora import Lora
 from htsr_alloc.records.text import printable
+from htsr_alloc.training.baselines import Baseline
 from htsr_alloc.training.methods import METHODS, read_settings
 from htsr_alloc.training.settings import Recipe
 
@@ -78,6 +79,10 @@ class Study:
 
     With ``learning_rates`` each row is trained at every one of them with the first seed, and the
     other seeds at the one with the least loss on the tasks' first ``valid_rows`` validation rows.
+
+    ``regime``: ``each`` task by itself, all ``together`` (the rows of every task in one training,
+    of as many steps as theirs together), or in ``sequence``, one after the other with the same
+    adapter. A model of several tasks is tested on each, and tuned on the mean of their losses.
     """
 
     model: Path
@@ -97,6 +102,12 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     learning_rates: tuple[Rate, ...] = ()
     valid_rows: Positive | None = None
+    regime: Literal["each", "together", "sequence"] = "each"
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The tasks that one model is trained on."""
+        return [(task,) for task in self.tasks] if self.regime == "each" else [tuple(self.tasks)]
 
     def tuned(self, row: RowSpec) -> bool:
         """Whether the row's learning rate is chosen from a grid."""
@@ -167,8 +178,9 @@ def check_rows(study: Study) -> None:
     """Refuse a row that cannot run, before any other has run for hours.
 
     Raises:
-        HtsrError: an unknown system, an allocation that cannot be made, or a grid of another
-            length, with the row's name; a task without validation rows to tune on.
+        HtsrError: an unknown system or one that the regime does not suit, an allocation that
+            cannot be made, or a grid of another length, with the row's name; a task without
+            validation rows to tune on.
     """
     for name, task in study.tasks.items():
         if study.learning_rates and task.valid is None:
@@ -184,6 +196,12 @@ def check_rows(study: Study) -> None:
                 read_settings(row.system, row.settings)
             if row.draw is not None and "seed" not in keywords_of(row.strategy):
                 raise HtsrError(f"the {row.strategy} strategy draws nothing.", "Remove draw.")
+            method = METHODS.get(row.system)
+            if study.regime == "sequence" and isinstance(method, Baseline) and method.callbacks:
+                raise HtsrError(
+                    f"{method.title} plans one training, and not several in sequence.",
+                    "Leave it out of this study.",
+                )
             if row.learning_rates and len(row.learning_rates) != len(study.learning_rates):
                 raise HtsrError(
                     f"its grid has {len(row.learning_rates)} learning rates, and the study's "

@@ -7,7 +7,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -50,19 +50,21 @@ def run(study: Study, device: torch.device, say: Said, limit: int | None = None)
     count = 0
     while limit is None or count < limit:
         done = store.read()
-        waiting = [cell for cell in cells(study, done) if cell.key not in done]
+        known = cells(study, done)
+        waiting = [cell for cell in known if not cell.is_in(done)]
         for cell in waiting:  # the first that no other process has
-            with store.claim(cell.key) as mine:
-                if not mine or cell.key in store.read():
+            with store.claim(cell.keys[0]) as mine:
+                if not mine or cell.is_in(store.read()):
                     continue
-                say(f"{cell.title} ({total - len(done)} of {total} left)")
-                result = run_cell(study, cell, device)
-                store.add(result)
+                say(f"{cell.title} ({total - len(known) + len(waiting)} of {total} left)")
+                results = run_cell(study, cell, device)
+                store.add(*results)
             count += 1
-            outcome = result["diverged"] or (
-                f"accuracy {result['accuracy']:.3f}, loss {result['loss']:.3f}"
-            )
-            say(f"  {outcome} in {result['wall_s']:.0f} s")
+            for line in results:
+                outcome = line["diverged"] or (
+                    f"accuracy {line['accuracy']:.3f}, loss {line['loss']:.3f}"
+                )
+                say(f"  {line['task']}: {outcome} in {line['wall_s']:.0f} s")
             break
         else:
             break
@@ -77,27 +79,28 @@ def check(study: Study, store: Store) -> None:
     """
     done = store.read()
     for cell in cells(study, done):
-        old = done.get(cell.key)
-        if old is None:
+        held = [done[key] for key in cell.keys if key in done]
+        if not held:
             continue
+        old, tasks = held[0], " and ".join(cell.tasks)
         if "weights" in old and old["weights"] != weights_of(study.model):
             raise HtsrError(
-                f"{store.path.name} has {cell.row.name} on {cell.task} with other weights than "
+                f"{store.path.name} has {cell.row.name} on {tasks} with other weights than "
                 f"those in {study.model.name}.",
                 "Name another results file, or give the model that the results are of.",
             )
-        if old["fingerprint"] != fingerprint(study, cell):
+        if any(line["fingerprint"] != fingerprint(study, cell) for line in held):
             raise HtsrError(
-                f"{store.path.name} has {cell.row.name} on {cell.task} with other settings or data "
+                f"{store.path.name} has {cell.row.name} on {tasks} with other settings or data "
                 "than the study's.",
                 "Name another results file, or take the old line out.",
             )
 
 
-def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Train and test one cell; what goes into the results."""
+def run_cell(study: Study, cell: Cell, device: torch.device) -> list[dict[str, Any]]:
+    """Train and test one cell; what goes into the results, a line a task."""
     started, cpu = time.time(), time.process_time()
-    task, dtype = study.tasks[cell.task], models.dtype_of(study.dtype, device)
+    dtype = models.dtype_of(study.dtype, device)
     made = None if cell.row.system == UNTRAINED else fitted(study, cell.row)
     weights = dtype if made is None else made.adapter.weights_in(dtype)
     model: Any = models.open_causal_lm(study.model, weights).to(device)
@@ -105,23 +108,8 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
     if made is not None:
         trained = _train(study, cell, made, model, device)
     before = time.time()
-    score = valid = None
-    if not trained.diverged:
-        if cell.tunes(study) and task.valid is not None:
-            valid = _score(study, trained.model, task.valid, study.valid_rows)
-        score = _score(study, trained.model, task.test, task.test_rows)
-    scored = dict.fromkeys(f.name for f in fields(Score)) if score is None else asdict(score)
-    if score is not None:
-        scored["losses"] = [round(loss, DIGITS) for loss in score.losses]
-    return {
-        "task": cell.task,
-        "row": cell.row.name,
-        "seed": cell.seed,
-        "rate": cell.rate,
-        "system": cell.row.system,
-        **scored,
-        "valid_loss": valid.loss if valid else None,
-        "valid_accuracy": valid.accuracy if valid else None,
+    tests = {name: _tested(study, cell, trained, name) for name in cell.tasks}
+    shared = {
         "diverged": trained.diverged,
         "train_loss": trained.loss,
         "trainable": trained.size.total,
@@ -139,64 +127,98 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
         "fingerprint": fingerprint(study, cell),
         "weights": weights_of(study.model),
     }
+    own = {"row": cell.row.name, "seed": cell.seed, "rate": cell.rate, "system": cell.row.system}
+    return [{"task": name, **own, **found, **shared} for name, found in tests.items()]
+
+
+def _tested(study: Study, cell: Cell, trained: Trained, name: str) -> dict[str, Any]:
+    """What one task says of a trained model; None where that diverged."""
+    task, before = study.tasks[name], trained.before.get(name)
+    score = valid = None
+    if not trained.diverged:
+        if cell.tunes(study) and task.valid is not None:
+            valid = _score(study, trained.model, task.valid, study.valid_rows)
+        score = _score(study, trained.model, task.test, task.test_rows)
+    scored = dict.fromkeys(f.name for f in fields(Score)) if score is None else asdict(score)
+    if score is not None:
+        scored["losses"] = [round(loss, DIGITS) for loss in score.losses]
+    scored |= {
+        "valid_loss": valid.loss if valid else None,
+        "valid_accuracy": valid.accuracy if valid else None,
+    }
+    if before is not None:  # directly after its own training
+        scored |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
+    return scored
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model after its training, if any; ``step_s`` is the median step's time in seconds."""
+    """A model after its training, if any.
+
+    ``step_s`` is the median step's seconds. ``before`` has the score of each task that
+    others came after, directly after its own training.
+    """
 
     model: Any
     size: Size = field(default_factory=lambda: Size(0, 0))
     loss: float | None = None
     diverged: str | None = None
     step_s: float | None = None
+    before: Mapping[str, Score] = field(default_factory=dict)
 
 
 class StepTimes(TrainerCallback):
-    """When each optimiser step began and ended."""
+    """The time of each optimiser step: on a CPU the process's own, which others do not lengthen."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.began, self.seconds = 0.0, list[float]()
+        self.clock = time.process_time if device.type == "cpu" else time.perf_counter
 
     def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
         """The clock starts."""
-        self.began = time.perf_counter()
+        self.began = self.clock()
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         """It stops."""
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(self.clock() - self.began)
 
 
 def _train(study: Study, cell: Cell, made: Fitted, model: Any, device: torch.device) -> Trained:
-    """A row's adapter on the model, trained on the cell's task."""
-    recipe, adapter = cell.recipe(study), made.adapter
-    examples = _examples(study.model, study.tasks[cell.task].train, study.max_length)
+    """A row's adapter on the model, trained on the cell's tasks, stage by stage."""
+    adapter, stages, before = made.adapter, cell.stages(study), dict[str, Score]()
     collate = tokens.Collator(tokens.pad_id(_tokenizer(study.model)))
+    rows = [_rows(study, [study.tasks[task].train for task in stage]) for stage in stages]
+    recipes = [cell.recipe(study, stage) for stage in stages]
     torch.manual_seed(cell.seed)
-    steps = total_steps(len(examples), recipe)
+    steps = sum(total_steps(len(own), recipe) for own, recipe in zip(rows, recipes, strict=True))
     model = adapter.put_on(model, made.allocation, steps=steps)
-    adapter.start(model, examples, collate, recipe.batch_size)
-    size, times, diverged = size_of(model), StepTimes(), None
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            model,
-            examples,
-            Path(folder),
-            recipe,
-            collate=collate,
-            callbacks=[times, *adapter.callbacks()],
-            activations=_validation(study, cell),
-            device=device,
-            bf16=models.dtype_of(study.dtype, device) == torch.bfloat16,
-        )
-        try:
-            trainer.train()
-            trainer.refuse_divergence()
-        except Diverged as error:
-            diverged = error.message
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    adapter.start(model, rows[0], collate, recipes[0].batch_size)
+    size, times, loss, diverged = size_of(model), StepTimes(device), None, None
+    for stage, examples, recipe in zip(stages, rows, recipes, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(
+                model,
+                examples,
+                Path(folder),
+                recipe,
+                collate=collate,
+                callbacks=[times, *adapter.callbacks()],
+                activations=_validation(study, stage, cell.row.system),
+                device=device,
+                bf16=models.dtype_of(study.dtype, device) == torch.bfloat16,
+            )
+            try:
+                trainer.train()
+                trainer.refuse_divergence()
+            except Diverged as error:
+                diverged = error.message
+                break
+        loss = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+        if stage != stages[-1]:
+            task = study.tasks[stage[0]]
+            before[stage[0]] = _score(study, model, task.test, task.test_rows)
     step = round(statistics.median(times.seconds), 3) if times.seconds else None
-    return Trained(model, size, None if diverged else losses[-1], diverged, step)
+    return Trained(model, size, None if diverged else loss, diverged, step, before)
 
 
 def _score(study: Study, model: Any, path: Path, limit: int | None) -> Score:
@@ -204,11 +226,13 @@ def _score(study: Study, model: Any, path: Path, limit: int | None) -> Score:
     return evaluate(model, _tokenizer(study.model), rows, batch_size=study.eval_batch_size)
 
 
-def _validation(study: Study, cell: Cell) -> list[tokens.Example]:
-    path = study.tasks[cell.task].valid
-    if path is None or not method_of(cell.row.system).bilevel:
-        return []
-    return _examples(study.model, path, study.max_length)
+def _validation(study: Study, stage: Sequence[str], system: str) -> list[tokens.Example]:
+    paths = [study.tasks[task].valid for task in stage] if method_of(system).bilevel else []
+    return _rows(study, [path for path in paths if path is not None])
+
+
+def _rows(study: Study, paths: Sequence[Path]) -> list[tokens.Example]:
+    return [row for path in paths for row in _examples(study.model, path, study.max_length)]
 
 
 @functools.cache

@@ -56,14 +56,14 @@ class Store:
                 raise HtsrError(f"{self.path.name}, line {number}: this is not a cell.") from None
         return found
 
-    def add(self, cell: dict[str, Any]) -> None:
-        """Append one finished cell."""
+    def add(self, *found: dict[str, Any]) -> None:
+        """Append one finished cell's lines, all or none."""
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, FILE_BYTE)
         except OSError as error:
             raise files.cannot("lock", self.lock_path, error) from None
         try:
-            lines = [*self.read().values(), cell]
+            lines = [*self.read().values(), *found]
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, FILE_BYTE)

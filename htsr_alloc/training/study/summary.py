@@ -22,6 +22,8 @@ class Line:
     ``rate`` is None where the row was not tuned, or over several tasks; ``edge`` says that it is
     the grid's first or last. ``diverged`` runs have no accuracy and count in no mean; where all
     did, the means are None. The losses' difference is None where the lines hold no row's loss.
+    ``forgot_accuracy`` and ``forgot_loss`` are what a task has lost since its own training, where
+    others came after it.
     """
 
     task: str
@@ -40,6 +42,8 @@ class Line:
     hits: Paired | None = None
     losses: Paired | None = None
     diverged: int = 0
+    forgot_accuracy: float | None = None
+    forgot_loss: float | None = None
 
     @property
     def accuracy_difference(self) -> Difference | None:
@@ -71,8 +75,10 @@ def summarise(study: Study, done: Done) -> list[Line]:
                 continue
             own = of(task, row.name)
             base = {} if row.name == study.baseline else of(task, study.baseline)
-            rate = next(iter(chosen(study, done, task, row)), None)
-            lines.append(_line(study, task, row, rate, every, own, base, stream))
+            tasks = next(group for group in study.groups if task in group)
+            rate = next(iter(chosen(study, done, tasks, row)), None)
+            streams = stream, stream if len(tasks) == 1 else 0
+            lines.append(_line(study, task, row, rate, every, own, base, streams))
     if len(study.tasks) > 1:
         for row in study.rows:
             seeds = {tuple(of(task, row.name)) for task in study.tasks}
@@ -89,7 +95,7 @@ def _line(
     every: Sequence[Mapping[str, Any]],
     own: Found,
     base: Found,
-    stream: int,
+    streams: tuple[int, int],
 ) -> Line:
     grid, found = study.rates(row), list(own.values())
     first = found[0] if found else every[0]
@@ -109,22 +115,33 @@ def _line(
         statistics.median(steps) if steps else None,
         rate,
         rate is not None and rate in (min(grid), max(grid)),  # type: ignore[type-var]
-        _paired(own, base, stream, lambda line: [int(hit) for hit in line["hits"]]),
-        _paired(own, base, stream, lambda line: line.get("losses")),
+        _paired(own, base, streams, lambda line: [int(hit) for hit in line["hits"]]),
+        _paired(own, base, streams, lambda line: line.get("losses")),
         len(every) - len(own),
+        _forgot(found, "accuracy", -1),
+        _forgot(found, "loss", 1),
     )
 
 
-def _paired(own: Found, base: Found, stream: int, values: Callable[[Any], Any]) -> Paired | None:
+def _forgot(found: Sequence[Mapping[str, Any]], name: str, sign: int) -> float | None:
+    """How much worse the task is after the last one than after its own training."""
+    key = f"before_{name}"
+    pairs = [(line[name], line[key]) for line in found if key in line]
+    return statistics.mean(sign * (after - before) for after, before in pairs) if pairs else None
+
+
+def _paired(
+    own: Found, base: Found, streams: tuple[int, int], values: Callable[[Any], Any]
+) -> Paired | None:
     common = sorted(own.keys() & base.keys())
     pairs = [(values(own[s]), values(base[s])) for s in common]
     if not pairs or any(value is None for pair in pairs for value in pair):
         return None
-    return paired([x for x, _ in pairs], [y for _, y in pairs], stream)
+    return paired([x for x, _ in pairs], [y for _, y in pairs], *streams)
 
 
 def over_tasks(lines: Sequence[Line]) -> Line:
-    """One row's mean over its tasks; tasks, their rows and their seeds are independent."""
+    """One row's mean over its tasks; what their seeds share is in the differences' draws."""
     first = lines[0]
 
     def mean(name: str) -> float | None:

@@ -50,7 +50,17 @@ COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
     ("Δ accuracy", "--:", lambda line: _interval(line.accuracy_difference, ".1%")),
     ("loss", "--:", lambda line: _given(line.loss, ".3f")),
     ("Δ loss", "--:", lambda line: _interval(line.loss_difference, ".3f")),
+    ("lost accuracy", "--:", lambda line: _given(line.forgot_accuracy, ".1%")),
+    ("lost loss", "--:", lambda line: _given(line.forgot_loss, ".3f")),
 )
+
+
+REGIMES = {
+    "each": "Each task has a model of its own.",
+    "together": "One model has learnt the rows of all tasks together.",
+    "sequence": "One model has learnt {} and is tested after the last; *lost* is how much worse it "
+    "then is than directly after the task.",
+}
 
 
 def markdown(study: Study, lines: Sequence[Line], done: Done) -> str:
@@ -67,13 +77,15 @@ def markdown(study: Study, lines: Sequence[Line], done: Done) -> str:
         text.append("| " + " | ".join([task, *(texts[i] for _, _, texts in columns)]) + " |")
         before = line.task
     sizes = sorted({line.rows for line in lines if line.task != ALL and line.rows})
-    finished = sum(cell.key in done for cell in cells(study, done))
+    finished = sum(cell.is_in(done) for cell in cells(study, done))
     said = [
         f"{finished} of {planned(study)} cells; n = {', '.join(map(str, sizes))} test rows a task. "
         "*accuracy* and *loss* (of the right answer, in nats a token) are means over seeds and "
         f"*sd* is the seeds' standard deviation. *Δ* is the mean paired difference from "
         f"{study.baseline} over the seeds that both have, with its 95 % interval: a bootstrap over "
-        "rows and seeds together, of one seed over rows alone.",
+        "rows and seeds together, of one seed over rows alone. *s a step* is the median of a "
+        "training's steps, on a CPU in CPU seconds.",
+        REGIMES[study.regime].format(", then ".join(study.tasks)),
         *_tuning(study, lines),
         *_power(study, lines),
     ]
