@@ -26,6 +26,7 @@ NAMES = (  # of the commands and their modules, in the order of --help
     "analyze",
     "fit",
     "explain",
+    "score",
     "allocate",
     "plot",
     "report",
