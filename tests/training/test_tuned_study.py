@@ -133,7 +133,10 @@ def test_every_row_of_the_first_task_is_tuned_first_the_main_ones_before_the_oth
             {"tasks": {"words": {"train": "train.jsonl", "test": "test.jsonl"}}},
             "The task words has no validation rows.",
         ),
-        ({"rows": [*PLAN["rows"], {"name": "a", "draw": 1}]}, "strategy draws nothing."),
+        (
+            {"rows": [*PLAN["rows"], {"name": "a", "draw": 1}]},
+            "The row a: the uniform strategy has no seed.",
+        ),
         ({"learning_rates": [0.0]}, "learning_rates[0]: expected float > 0"),
         ({"rows": [*PLAN["rows"], {"name": "a", "match": "most"}]}, "rows[4].match: "),
     ],
@@ -347,6 +350,36 @@ def test_regimes_are_other_cells_and_adalora_has_no_sequence(folder):
     rows = [*REGIME["rows"], {"name": "a", "system": "adalora"}]
     with pytest.raises(HtsrError, match="The row a: AdaLoRA plans one training"):
         check_rows(read_study(saved(folder, {**REGIME, "regime": "sequence", "rows": rows})))
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def test_a_row_can_allocate_by_the_scores_of_its_task(folder):
+    """Each task's own file, with a spread; other scores are other cells, and other bytes not."""
+    for task, scores in (("words", "2,1"), ("choices", "1,2")):
+        first, second = scores.split(",")
+        (folder / f"{task}.gain.csv").write_text(f"layer,score\n0,{first}\n1,{second}\n")
+    row = {"name": "gain", "strategy": "alphalora", "scores": "{task}.gain.csv", "spread": 2}
+    plan = {**REGIME, "rows": [*REGIME["rows"], row]}
+    study = read_study(saved(folder, plan))
+    check_rows(study)
+    gain = study.rows[1]
+    made = {task: study.allocation(gain, 6, task) for task in study.tasks}
+    assert made["words"].experts == (4, 2)
+    assert made["choices"].experts == (2, 4)
+    assert made["words"].strategy.scores.file == "words.gain.csv"
+    assert fitted(study, gain, "words").allocation.experts == (4, 2)
+    own = {c.tasks: fingerprint(study, c) for c in cells(study) if c.row == gain}
+    (folder / "words.gain.csv").write_text("layer,score\n0,2.0\n1,1.0\n")
+    again = {c.tasks: fingerprint(study, c) for c in cells(study) if c.row == gain}
+    assert again == own
+    (folder / "words.gain.csv").write_text("layer,score\n0,2.5\n1,1.0\n")
+    again = {c.tasks: fingerprint(study, c) for c in cells(study) if c.row == gain}
+    assert again[("words",)] != own[("words",)]
+    assert again[("choices",)] == own[("choices",)]
+    with pytest.raises(HtsrError, match="The row gain: its scores are those of one task"):
+        check_rows(read_study(saved(folder, {**plan, "regime": "together"})))
 
 
 # --- random allocations and the table -----------------------------------------------------------

@@ -48,7 +48,7 @@ class Fitted:
         return getattr(self.size, match)
 
 
-def fitted(study: Study, row: RowSpec) -> Fitted:
+def fitted(study: Study, row: RowSpec, task: str = "") -> Fitted:
     """A row of the study with the parameters of uniform AlphaLoRA at the study's T and r.
 
     They are all that are trained, or those active on a token, as the row's ``match`` says. What
@@ -67,12 +67,12 @@ def fitted(study: Study, row: RowSpec) -> Fitted:
         return Adapter(row.system, r, scale * r, study.lora_dropout, settings=settings)
 
     def counted(r: float, experts: int) -> Fitted:
-        allocation = study.allocation(row, experts) if method.takes_allocation else None
+        allocation = study.allocation(row, experts, task) if method.takes_allocation else None
         size = parameters(study.model, adapter(r), _frozen(allocation))
         return Fitted(adapter(r), allocation, size)
 
     base = Adapter(DEFAULT, study.r, study.lora_alpha, study.lora_dropout)
-    uniform = study.allocation(RowSpec("uniform"), study.experts)
+    uniform = study.allocation(RowSpec("uniform"), study.experts, task)
     whole = parameters(study.model, base, _frozen(uniform))
     experts = row.experts or study.experts
     layers = len(uniform.experts)

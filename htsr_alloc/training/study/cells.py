@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from htsr_alloc import files
+from htsr_alloc.allocation import read_scores
 from htsr_alloc.records import METRICS, Metrics, loads
 from htsr_alloc.training.identity import content_of
 from htsr_alloc.training.settings import LEARNING_RATE, Recipe
@@ -147,7 +148,7 @@ def fingerprint(study: Study, cell: Cell) -> str:
         "model": study.model.name,
         "config": content_of(study.model / "config.json"),
         "row": _row(row),
-        "scores": _scores(row.metrics or study.metrics),
+        "scores": _scores(row.metrics or study.metrics, row.scores_of(cell.tasks[0])),
         "recipe": dataclasses.asdict(cell.recipe(study)),
     }
     tasks = [_task(study.tasks[task]) for task in cell.tasks]
@@ -174,7 +175,7 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 # Fields that the first study's rows did not have, and what they were then.
-LATER: Mapping[str, Any] = {"settings": {}, "match": "total", "draw": None}
+LATER: Mapping[str, Any] = {"settings": {}, "match": "total", "draw": None, "spread": None}
 
 
 def _row(row: RowSpec) -> dict[str, Any]:
@@ -182,12 +183,14 @@ def _row(row: RowSpec) -> dict[str, Any]:
 
     The grid is not among them: each cell's recipe has its own rate.
     """
-    told_elsewhere = ("name", "main", "metrics", "learning_rates")
+    told_elsewhere = ("name", "main", "metrics", "learning_rates", "scores")
     found = {k: v for k, v in dataclasses.asdict(row).items() if k not in told_elsewhere}
     return {k: v for k, v in found.items() if k not in LATER or v != LATER[k]}
 
 
-def _scores(path: Path) -> list[tuple[float | None, ...]]:
-    """What an allocation takes from a metrics file; the rest of it may change."""
+def _scores(path: Path, scores: Path | None) -> Any:
+    """What an allocation takes from a metrics or a score file; the rest of it may change."""
+    if scores is not None:
+        return read_scores(scores).values
     metrics = loads(Metrics, files.read_bytes(path), path.name)
     return [tuple(getattr(layer, name) for name in METRICS) for layer in metrics.layers]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from htsr_alloc import files
-from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
+from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups, read_scores
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.systems import DEFAULT
 from htsr_alloc.records import Allocation, Metrics, loads
@@ -24,6 +24,7 @@ from htsr_alloc.training.settings import Recipe
 
 UNTRAINED = "none"  # the system of a row that only evaluates the model
 Positive = Annotated[int, Meta(ge=1)]
+TASK = "{task}"  # in the name of a score file
 Number = int | float  # as the file has it: a fingerprint tells 2 from 2.0
 Rate = Annotated[float, Meta(gt=0)]
 
@@ -47,8 +48,9 @@ class Task:
 class RowSpec:
     """One row of the table: a system and an allocation.
 
-    ``strategy``, ``metric``, ``metrics``, ``beta``, ``groups`` and ``repair`` are those of
-    ``htsr allocate``, whose budget is the study's. ``main`` rows run with every seed, the others
+    ``strategy``, ``metric``, ``metrics``, ``scores``, ``beta``, ``spread``, ``groups`` and
+    ``repair`` are those of ``htsr allocate``, whose budget is the study's; in the name of
+    ``scores`` the task stands for ``{task}``. ``main`` rows run with every seed, the others
     with the first. What is None is the study's. ``settings`` are the system's, as those of
     ``htsr train --set``. ``match`` says which parameters are the baseline's, all of them or
     those that act on a token. ``draw`` is the seed of a random strategy: the other allocations of
@@ -71,6 +73,12 @@ class RowSpec:
     match: Literal["total", "active"] = "total"
     draw: Annotated[int, Meta(ge=0)] | None = None
     learning_rates: tuple[Rate, ...] = ()
+    scores: Path | None = None
+    spread: Annotated[float, Meta(gt=1)] | None = None
+
+    def scores_of(self, task: str) -> Path | None:
+        """The score file of a task."""
+        return None if self.scores is None else Path(str(self.scores).replace(TASK, task))
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,17 @@ class Study:
         """The grid of a row; one None for a row that is not tuned."""
         return (row.learning_rates or self.learning_rates) if self.tuned(row) else (None,)
 
-    def allocation(self, row: RowSpec, budget: int) -> Allocation:
-        """A row's experts per layer for a budget T."""
-        path = row.metrics or self.metrics
-        groups = parse_groups(row.groups) if row.groups else None
-        keywords = {"beta": row.beta, "metric": row.metric, "groups": groups, "seed": row.draw}
+    def allocation(self, row: RowSpec, budget: int, task: str) -> Allocation:
+        """A row's experts per layer for a budget T, on a task."""
+        path, scores = row.metrics or self.metrics, row.scores_of(task)
+        keywords = {
+            "beta": row.beta if row.spread is None else None,
+            "spread": row.spread,
+            "metric": row.metric if scores is None else None,
+            "scores": None if scores is None else read_scores(scores),
+            "groups": parse_groups(row.groups) if row.groups else None,
+            "seed": row.draw,
+        }
         return allocate(
             loads(Metrics, files.read_bytes(path), path.name),
             strategy=row.strategy,
@@ -194,8 +208,10 @@ def check_rows(study: Study) -> None:
                 )
             if row.system != UNTRAINED:
                 read_settings(row.system, row.settings)
-            if row.draw is not None and "seed" not in keywords_of(row.strategy):
-                raise HtsrError(f"the {row.strategy} strategy draws nothing.", "Remove draw.")
+            given = {"seed": row.draw, "scores": row.scores, "spread": row.spread}
+            for name in given.keys() - keywords_of(row.strategy):
+                if given[name] is not None:
+                    raise HtsrError(f"the {row.strategy} strategy has no {name}.", "Remove it.")
             method = METHODS.get(row.system)
             if study.regime == "sequence" and isinstance(method, Baseline) and method.callbacks:
                 raise HtsrError(
@@ -208,6 +224,12 @@ def check_rows(study: Study) -> None:
                     f"{len(study.learning_rates)}.",
                     "Tune every row with as many runs.",
                 )
-            study.allocation(row, row.experts or study.experts)
+            for first, *others in study.groups:
+                if others and row.scores is not None and TASK in str(row.scores):
+                    raise HtsrError(
+                        "its scores are those of one task, and one model learns several.",
+                        "Name one score file.",
+                    )
+                study.allocation(row, row.experts or study.experts, first)
         except HtsrError as error:
             raise HtsrError(f"The row {row.name}: {error.message}", error.hint) from None

@@ -101,7 +101,7 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> list[dict[str, A
     """Train and test one cell; what goes into the results, a line a task."""
     started, cpu = time.time(), time.process_time()
     dtype = models.dtype_of(study.dtype, device)
-    made = None if cell.row.system == UNTRAINED else fitted(study, cell.row)
+    made = None if cell.row.system == UNTRAINED else fitted(study, cell.row, cell.tasks[0])
     weights = dtype if made is None else made.adapter.weights_in(dtype)
     model: Any = models.open_causal_lm(study.model, weights).to(device)
     trained = Trained(model)
