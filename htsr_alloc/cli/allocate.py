@@ -186,6 +186,8 @@ def allocate(
     _refuse_to_replace(path, result, force)
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))
+    for said in allocation.known(result.strategy):
+        screen.note(said)
     screen.note(f"wrote {path}")
 
 

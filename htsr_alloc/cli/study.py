@@ -21,6 +21,9 @@ def study(
     ] = None,
     into: Annotated[Path | None, "Document that also gets the table, between its marks."] = None,
     figure: Annotated[Path | None, "Figure of the differences to write."] = None,
+    evidence: Annotated[
+        Path | None, "File of findings to bring up to date, as htsr_alloc/allocation/findings.json."
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -60,3 +63,9 @@ def study(
     if figure is not None:
         table.plot(asked, lines, figure)
         screen.note(f"wrote {figure}")
+    if evidence is not None:
+        from htsr_alloc.allocation.findings import write_findings
+        from htsr_alloc.training.study.findings import findings
+
+        write_findings(evidence, plan.name, findings(asked, done, plan))
+        screen.note(f"wrote {evidence}")

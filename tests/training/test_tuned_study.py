@@ -16,6 +16,7 @@ from helpers import studies
 from helpers.commands import ROOT
 from helpers.studies import PLAN, lines, saved
 
+from htsr_alloc.allocation.findings import Finding, read_findings, write_findings
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training.study import bootstrap, chance, summary, table
 from htsr_alloc.training.study.budget import fitted
@@ -432,6 +433,33 @@ def test_an_allocation_is_ranked_among_the_random_ones_of_its_system(folder):
     assert "over 2 comparisons that makes 0.7 outside by chance" in text
     del done["words", "random 3", 1, RATES[1]]  # not tuned yet
     assert chance.ranks(study, done) == []
+
+
+def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
+    study = with_random(folder)
+    losses = {f"random {i}": 0.40 + i / 100 for i in range(1, 6)}
+    losses |= {"uniform": 0.425, "AlphaLoRA": 0.40}
+    store = Store(study.results)
+    for cell in cells(study):
+        if cell.row.name in losses:
+            line = result(losses[cell.row.name], cell.rate, fingerprint=fingerprint(study, cell))
+            own = {"task": "words", "row": cell.row.name, "seed": 1, "rate": cell.rate}
+            store.add(own | line)
+    other = Finding("other.yaml", "m", ("a",), 9, 5, "uniform", None, None, None, (), ("a",))
+    write_findings(folder / "known.json", "other.yaml", [other])
+    for _ in range(2):
+        done = invoke("study", "study.yaml", "--report", "--evidence", "known.json")
+        assert done.rc == 0, done.stderr
+    found = read_findings(folder / "known.json")
+    assert [own.study for own in found] == ["other.yaml", "study.yaml", "study.yaml"]
+    assert found[0] == other
+    assert [(own.strategy, own.better, own.worse) for own in found[1:]] == [
+        ("uniform", (), ()),
+        ("alphalora", ("words",), ()),
+    ]
+    assert (found[2].metric, found[2].beta, found[2].rows, found[2].draws) == (
+        *("pl_alpha_hill", 2.5, 40, 5),
+    )
 
 
 def test_the_table_says_rate_edge_sizes_and_what_could_be_seen(folder):
