@@ -270,7 +270,10 @@ def on_smollm2_shapes(folder, **changes):
     return read_study(saved(folder, {**data, "experts": 5 * LAYERS, **changes}))
 
 
-@pytest.mark.parametrize("system", ["alphalora", "lora", "goat", "hydra", "mor", "em_lora"])
+@pytest.mark.parametrize(
+    "system",
+    ["alphalora", "lora", "rslora", "dora", "pissa", "eva", "goat", "hydra", "mor", "em_lora"],
+)
 def test_every_system_meets_the_budget(system, tmp_path):
     study = on_smollm2_shapes(tmp_path)
     made = fitted(study, RowSpec(system, system=system))
