@@ -17,6 +17,7 @@ from htsr_alloc.allocation.budget import (
     parse_share,
 )
 from htsr_alloc.allocation.decide import allocate
+from htsr_alloc.allocation.findings import known
 from htsr_alloc.allocation.quotas import beta_of_spread, quotas
 from htsr_alloc.allocation.request import Request, keywords_of, read_settings
 from htsr_alloc.allocation.rounding import REPAIRS, Bounds, repair_official, repair_remainder
@@ -28,6 +29,7 @@ from htsr_alloc.allocation.strategies import (
     Common,
     Explicit,
     Mola,
+    Random,
     Shrunk,
     Uniform,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "Metric",
     "Mola",
     "Params",
+    "Random",
     "Rank",
     "Request",
     "Scores",
@@ -59,6 +62,7 @@ __all__ = [
     "allocate",
     "beta_of_spread",
     "keywords_of",
+    "known",
     "layer_scores",
     "mola_counts",
     "parse_counts",

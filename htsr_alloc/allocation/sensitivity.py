@@ -119,8 +119,9 @@ def sensitivity_of(
         add("estimator", others, (allocate(refit, request) for refit in refits))
     beta = own.strategy.beta if own.strategy is not None else None
     if isinstance(request.strategy, AlphaLora) and beta is not None:
-        kind = type(request.strategy)
-        varied = [replace(request, strategy=kind(beta + step)) for step in BETA_STEPS]
+        bare = replace(request.strategy, spread=None)
+        steps = [replace(bare, beta=beta + step) for step in BETA_STEPS]
+        varied = [replace(request, strategy=strategy) for strategy in steps]
         add("beta", [beta + step for step in BETA_STEPS], (allocate(metrics, r) for r in varied))
     draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
     add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))

@@ -96,7 +96,7 @@ def allocate(
         bool, "Also show how the counts change with estimator, beta and matrices."
     ] = False,
     draws: Annotated[int | None, "Bootstrap draws of --sensitivity; default 200."] = None,
-    seed: Annotated[int | None, "Seed of the bootstrap; default 0."] = None,
+    seed: Annotated[int | None, "Seed of a random strategy or of --sensitivity; default 0."] = None,
     output: OutFile = None,
     force: Annotated[bool, "Replace an output file that differs."] = False,
     *,
@@ -115,8 +115,7 @@ def allocate(
     _refuse_idle(
         {
             "--column names a column of --scores": column is not None and scores is None,
-            "--draws and --seed belong to --sensitivity": not sensitivity
-            and (draws is not None or seed is not None),
+            "--draws belongs to --sensitivity": draws is not None and not sensitivity,
             "--sensitivity is a table, and -o - prints the allocation": sensitivity and to_stdout,
         }
     )
@@ -128,6 +127,8 @@ def allocate(
         "groups": allocation.parse_groups(groups) if groups is not None else None,
         "experts": allocation.parse_counts(experts) if experts is not None else None,
     }
+    if not sensitivity or "seed" in allocation.keywords_of(strategy):
+        own["seed"] = seed
     for name, value in allocation.read_settings(strategy, pairs(settings or ())).items():
         if own.get(name) is not None:
             raise HtsrError(f"`{name}` is given twice.", f"Remove --set {name}.")
@@ -186,6 +187,8 @@ def allocate(
     _refuse_to_replace(path, result, force)
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))
+    for said in allocation.known(result.strategy):
+        screen.note(said)
     screen.note(f"wrote {path}")
 
 

@@ -26,6 +26,7 @@ NAMES = (  # of the commands and their modules, in the order of --help
     "analyze",
     "fit",
     "explain",
+    "score",
     "allocate",
     "plot",
     "report",
@@ -71,7 +72,8 @@ class Group(TyperGroup):
     """All commands, none of them imported yet."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**given | {"commands": Commands()})
+        given["commands"] = Commands()
+        super().__init__(**given)
 
 
 STYLE: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}

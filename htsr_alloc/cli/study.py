@@ -21,10 +21,13 @@ def study(
     ] = None,
     into: Annotated[Path | None, "Document that also gets the table, between its marks."] = None,
     figure: Annotated[Path | None, "Figure of the differences to write."] = None,
+    evidence: Annotated[
+        Path | None, "File of findings to bring up to date, as htsr_alloc/allocation/findings.json."
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Compare allocations and systems at equal trainable parameters.
+    """Compare allocations and systems at equal trainable parameters, each at its best rate.
 
     Stop it at any moment: the same command continues. Several processes may run it at once.
 
@@ -34,10 +37,11 @@ def study(
     """
     check_installed()
     from htsr_alloc.training.models import device_of, silence
-    from htsr_alloc.training.study import summary
+    from htsr_alloc.training.study import table
     from htsr_alloc.training.study.plan import read_study
     from htsr_alloc.training.study.running import check, run
     from htsr_alloc.training.study.store import Store
+    from htsr_alloc.training.study.summary import summarise
 
     screen = Screen(quiet=quiet)
     asked = read_study(plan, baseline)
@@ -50,12 +54,18 @@ def study(
     else:  # which settings a line was made with is told by the model's files too
         screen.note(f"{asked.model.name} is not here, so the lines' settings are not compared")
     done = store.read()
-    lines = summary.summarise(asked, done)
-    table = summary.markdown(asked, lines, done)
-    screen.text(table)
+    lines = summarise(asked, done)
+    text = table.markdown(asked, lines, done)
+    screen.text(text)
     if into is not None:
-        summary.write_into(into, table)
+        table.write_into(into, text)
         screen.note(f"wrote {into}")
     if figure is not None:
-        summary.plot(asked, lines, figure)
+        table.plot(asked, lines, figure)
         screen.note(f"wrote {figure}")
+    if evidence is not None:
+        from htsr_alloc.allocation.findings import write_findings
+        from htsr_alloc.training.study.findings import findings
+
+        write_findings(evidence, plan.name, findings(asked, done, plan))
+        screen.note(f"wrote {evidence}")

@@ -259,3 +259,10 @@ def score(found: Score) -> View:
     interval = f"{found.low:.1%} to {found.high:.1%}"
     row = [found.n, found.correct, f"{found.accuracy:.1%}", interval, found.loss]
     return View(asdict(found), [Table(columns, [row])])
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> View:
+    """One row a layer or a linear."""
+    columns = list(rows[0])
+    cells = [[short(x) if isinstance(x, str) else x for x in row.values()] for row in rows]
+    return View(list(rows), [Table(columns, cells, left=["module", "prefix"])])

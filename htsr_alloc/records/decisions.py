@@ -71,7 +71,7 @@ class StrategyRecord:
     null is all; ``experts`` are the base's own): ``role``, each role by itself, or ``all``.
     ``stack`` is the part of the model that was allocated (null is all of it), and ``score_over``
     the matrices that a layer's score is the mean over: null is all, ``adapted`` those that get
-    experts.
+    experts. ``seed`` is that of random places.
     """
 
     name: str
@@ -90,6 +90,7 @@ class StrategyRecord:
     signal: Signal | None = field(default=None, metadata=ADDED)
     stack: str | None = field(default=None, metadata=ADDED)
     score_over: str | None = field(default=None, metadata=ADDED)
+    seed: int | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)

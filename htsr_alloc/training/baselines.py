@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from htsr_alloc.errors import HtsrError
 
 Batch = Mapping[str, Tensor]
+STARTS = ("init_lora_weights", "eva_config")
 EVA_BATCHES = 1000  # after so many its singular vectors are said not to converge
 
 
@@ -72,7 +73,12 @@ def whole_ranks(ranks: Mapping[str, float]) -> dict[str, int]:
 
 
 def _lora(model: Any, plain: dict[str, Any], steps: int, **more: Any) -> Any:
-    """Plain LoRA; each linear's alpha grows with its rank, so that alpha / r is everywhere."""
+    """Plain LoRA; each linear's alpha grows with its rank, so that alpha / r is everywhere.
+
+    A model without weights, on which parameters are counted, has none to start from.
+    """
+    if next(model.parameters()).is_meta:
+        more = {k: v for k, v in more.items() if k not in STARTS}
     ranks = whole_ranks(plain["rank_pattern"])
     plain = {**plain, "r": max(1, round(plain["r"])), "rank_pattern": ranks}
     with warnings.catch_warnings():  # PEFT looks for the patterns among the modules alone

@@ -28,6 +28,7 @@ class Score:
         n: rows. correct: of them. accuracy: their share. low, high: its 95 % Wilson interval.
         loss: mean over rows of the right answer's negative log-likelihood, per token of a text.
         hits: "1" or "0" a row, in the file's order, so that two models can be compared in pairs.
+        losses: each row's part of ``loss``, in the same order.
     """
 
     n: int
@@ -37,6 +38,7 @@ class Score:
     high: float
     loss: float
     hits: str
+    losses: tuple[float, ...]
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
     """
     if not rows:
         raise HtsrError("There is no row to evaluate.")
-    hits, losses = ["0"] * len(rows), []
+    hits, losses = ["0"] * len(rows), [0.0] * len(rows)
     done = 0
     choosing = [i for i, row in enumerate(rows) if row.choices]
     writing = [i for i, row in enumerate(rows) if not row.choices]
@@ -72,7 +74,7 @@ def evaluate(
                 assert right is not None
                 best = max(range(len(values)), key=lambda j: values[j].score)
                 hits[i] = "1" if best == right else "0"
-                losses.append(-values[right].total / values[right].tokens)
+                losses[i] = -values[right].total / values[right].tokens
             progress(done := done + len(batch))
         for batch, prompts in _batches(rows, writing, tokenizer, batch_size):
             longest = max_new_tokens or 2 + max(
@@ -82,8 +84,9 @@ def evaluate(
             choices = [(answer(rows[i]),) for i in batch]
             made = _choose(model, tokenizer, prompts, choices, [rows[i] for i in batch])
             _refuse_nan(made)
-            losses += [-only.total / only.tokens for (only,) in made]
-            for i, text in zip(batch, _generate(model, tokenizer, prompts, longest), strict=True):
+            texts = _generate(model, tokenizer, prompts, longest)
+            for i, (only,), text in zip(batch, made, texts, strict=True):
+                losses[i] = -only.total / only.tokens
                 hits[i] = "1" if first_line(text) == first_line(answer(rows[i])) else "0"
             progress(done := done + len(batch))
     return score_of("".join(hits), losses)
@@ -93,7 +96,8 @@ def score_of(hits: str, losses: Sequence[float]) -> Score:
     """The score of rows that are right ("1") or wrong ("0")."""
     n, correct = len(hits), hits.count("1")
     mean = sum(losses) / len(losses)
-    return Score(n, correct, correct / n, *wilson(correct, n), loss=mean, hits=hits)
+    interval = wilson(correct, n)
+    return Score(n, correct, correct / n, *interval, loss=mean, hits=hits, losses=tuple(losses))
 
 
 def _refuse_nan(made: Sequence[Sequence[Choice]]) -> None:

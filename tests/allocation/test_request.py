@@ -89,7 +89,7 @@ def test_a_request_is_allocated_as_its_keywords_are():
         (lambda: Share(1.5), "at most 1, not 1.5"),
         (
             lambda: Request.of("uniform", T=9, beta=1.0),
-            "beta belongs to the alphalora, common, shrunk strategy",
+            "beta belongs to the alphalora, common, random, shrunk strategy",
         ),
         (lambda: Request.of(T=9, r=4), "^r matters to params and target_share alone"),
         (lambda: Request.of(T=9, pool="role"), "^pool role is about per_module"),

@@ -162,8 +162,8 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     [
         (("--r", 4), "--r matters to --params"),
         (("--column", "x"), "--column names a column of --scores"),
-        (("--draws", 5), "belong to --sensitivity"),
-        (("--seed", 0), "belong to --sensitivity"),
+        (("--draws", 5), "--draws belongs to --sensitivity"),
+        (("--seed", 0), "--seed belongs to the random strategy"),
         (("--sensitivity", "-o", "-"), "-o - prints the allocation"),
     ],
 )

@@ -44,6 +44,7 @@ def test_choices_are_those_of_the_naive_statement(system):
         hits += "1" if best == row.answer else "0"
         losses.append(-logs[row.answer] / len(parts[row.answer]))
     assert score.hits == hits
+    assert score.losses == pytest.approx(losses, abs=1e-4)
     assert score.loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert (score.n, score.correct) == (30, hits.count("1"))
     assert 0 < score.correct < 30

@@ -17,67 +17,28 @@ from helpers.commands import ROOT, environment
 pytest.importorskip("peft", reason="needs the extra [train]")
 pytest.importorskip("accelerate", reason="needs the extra [train]")
 
-import yaml
-from helpers import training_tiny
+from helpers import studies
+from helpers.studies import PLAN, ROWS, lines, saved
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, dumps, loads
-from htsr_alloc.training.study import summary
+from htsr_alloc.training.study import summary, table
 from htsr_alloc.training.study.budget import fitted
-from htsr_alloc.training.study.plan import RowSpec, cells, check_rows, fingerprint, read_study
+from htsr_alloc.training.study.cells import cells, fingerprint
+from htsr_alloc.training.study.plan import RowSpec, check_rows, read_study
 from htsr_alloc.training.study.store import Store
-
-ROWS = [
-    {"name": "untrained", "system": "none"},
-    {"name": "uniform", "main": True},
-    {"name": "LoRA", "main": True, "system": "lora"},
-    {"name": "MoLA", "strategy": "mola", "groups": "13"},
-]
-PLAN = {
-    "model": "model",
-    "metrics": "tiny.metrics.json",
-    "results": "results.jsonl",
-    "experts": 6,
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "dtype": "float32",
-    "seeds": [1, 2],
-    "recipe": {"steps": 3, "batch_size": 4, "learning_rate": 0.01},
-    "tasks": {
-        "words": {"train": "train.jsonl", "test": "test.jsonl", "test_rows": 20},
-        "choices": {"train": "choices.jsonl", "test": "choices.jsonl", "test_rows": 20},
-    },
-    "rows": ROWS,
-}
 
 
 @pytest.fixture
 def plan(tmp_path, invoke):
     """study.yaml beside a tiny model, its metrics and two tasks: 12 cells."""
-    training_tiny.folder(tmp_path / "model")
-    done = invoke("analyze", "model", "-o", "tiny.metrics.json", "-q")
-    assert done.rc == 0, done.stderr
-    training_tiny.write(tmp_path / "train.jsonl", training_tiny.learnable_rows(40))
-    training_tiny.write(tmp_path / "test.jsonl", training_tiny.learnable_rows(30, seed=1))
-    training_tiny.write(tmp_path / "choices.jsonl", training_tiny.choice_rows(30))
-    return saved(tmp_path, PLAN)
-
-
-def saved(folder, data):
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False))
-    return path
+    return saved(studies.files(tmp_path, invoke), PLAN)
 
 
 def keys(path):
     if not path.exists():
         return []
-    return [(x["task"], x["row"], x["seed"]) for x in lines(path)]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [(x["task"], x["row"], x["seed"], x["rate"]) for x in lines(path)]
 
 
 def start(plan):
@@ -95,12 +56,12 @@ def begun(stderr):
     """The cells that a process said it began: "words: LoRA, seed 1 (9 of 12 left)"."""
     said = [line for line in stderr.splitlines() if " left)" in line]
     parts = [line.rpartition(" (")[0].replace(", seed ", ": ").split(": ") for line in said]
-    return [(task, row, int(seed)) for task, row, seed in parts]
+    return [(task, row, int(seed), None) for task, row, seed in parts]
 
 
 def test_killed_at_any_moment_no_cell_is_lost_or_run_twice(plan, invoke):
     results, draw = plan.parent / "results.jsonl", random.Random(0)
-    planned = [cell.key for cell in cells(read_study(plan))]
+    planned = [key for cell in cells(read_study(plan)) for key in cell.keys]
     assert len(planned) == 12
     for workers in (2, 1):
         before, running = keys(results), [start(plan) for _ in range(workers)]
@@ -121,11 +82,11 @@ def test_killed_at_any_moment_no_cell_is_lost_or_run_twice(plan, invoke):
     again = invoke("study", plan.name, "--device", "cpu")
     assert begun(again.stderr) == []
 
-    cut = {(x["task"], x["row"], x["seed"]): x for x in lines(results)}
+    cut = dict(zip(keys(results), lines(results), strict=True))
     results.unlink()
     assert invoke("study", plan.name, "--device", "cpu", "-q").rc == 0
     for line in lines(results):  # and the numbers are those of one quiet run
-        other = cut[(line["task"], line["row"], line["seed"])]
+        other = cut[line["task"], line["row"], line["seed"], line["rate"]]
         assert line["hits"] == other["hits"]
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
@@ -246,7 +207,7 @@ def test_the_published_study_keeps_its_fingerprints(tmp_path):
     found = "".join(fingerprint(study, cell) for cell in planned)
     assert hashlib.sha256(found.encode()).hexdigest() == FINGERPRINTS
     done = Store(ROOT / "data" / "study" / "smollm2.jsonl").read()
-    assert sorted(done) == sorted(cell.key for cell in planned)
+    assert sorted(done) == sorted(key for cell in planned for key in cell.keys)
     check_rows(study)
 
 
@@ -309,14 +270,17 @@ def on_smollm2_shapes(folder, **changes):
     return read_study(saved(folder, {**data, "experts": 5 * LAYERS, **changes}))
 
 
-@pytest.mark.parametrize("system", ["alphalora", "lora", "goat", "hydra", "mor", "em_lora"])
+@pytest.mark.parametrize(
+    "system",
+    ["alphalora", "lora", "rslora", "dora", "pissa", "eva", "goat", "hydra", "mor", "em_lora"],
+)
 def test_every_system_meets_the_budget(system, tmp_path):
     study = on_smollm2_shapes(tmp_path)
     made = fitted(study, RowSpec(system, system=system))
     # q, k, v, o, gate, up, down: 5 experts of rank 8, and 5 rows of a router.
     sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
     want = LAYERS * sum(5 * (8 * (a + b) + a) for a, b in sizes)
-    assert made.trainable == pytest.approx(want, rel=0.01)
+    assert made.size.total == pytest.approx(want, rel=0.01)
     assert made.adapter.lora_alpha / made.adapter.r == 2
 
 
@@ -326,63 +290,31 @@ def test_a_budget_that_cannot_be_met_is_refused(tmp_path):
         fitted(study, RowSpec("MoR", system="mor"))
 
 
-def test_paired_differences_by_hand():
-    # Seed 1: rows 0, 1 gained; seed 2: row 0 gained, row 3 lost.
-    found = summary.difference(["1110", "1010"], ["0010", "0011"])
-    assert found.by_seed == (0.5, 0.0)
-    assert found.mean == 0.25
-    # By row over seeds: 1, 1/2, 0, -1/2; deviation 0.6455, over sqrt(4), times 1.96.
-    assert found.over_rows == pytest.approx(1.959964 * 0.6454972 / 2, abs=1e-6)
-    # The seeds' deviation 0.35355, over sqrt(2); Student's t with one degree is 12.7062.
-    assert found.over_seeds == pytest.approx(12.7062 * 0.3535534 / 2**0.5, abs=1e-4)
-    assert summary.difference(["10"], ["01"]).over_seeds is None
-
-
-def test_the_mean_over_tasks_by_hand():
-    def line(task, accuracy, difference):
-        return summary.Line(task, "a", 2, 10, 7, accuracy, 0.03, accuracy / 10, difference)
-
-    differences = [
-        summary.Difference(0.1, 0.03, 12.7062 * 0.02, (0.08, 0.12)),
-        summary.Difference(-0.04, 0.04, 12.7062 * 0.01, (-0.05, -0.03)),
-    ]
-    made = summary.over_tasks([line("x", 0.5, differences[0]), line("y", 0.7, differences[1])])
-    assert (made.task, made.row, made.rows) == ("all tasks", "a", 20)
-    assert made.accuracy == pytest.approx(0.6)
-    assert made.loss == pytest.approx(0.06)
-    assert made.deviation == pytest.approx(0.03 / 2**0.5)
-    assert made.difference.mean == pytest.approx(0.03)
-    assert made.difference.over_rows == pytest.approx(0.025)
-    # Standard errors 0.02 and 0.01 on one degree each: two degrees, t is 4.30265.
-    assert made.difference.over_seeds == pytest.approx(4.30265 * 0.0005**0.5 / 2, abs=1e-6)
-    assert made.difference.by_seed == pytest.approx((0.015, 0.045))
-
-
 def test_all_tasks_hold_the_rows_that_every_task_has(plan):
     study = read_study(plan)
     first, *_, last = study.tasks
     made = {
-        (task, row, 1): {"accuracy": 0.5, "hits": "10", "loss": 1.0, "n": 2, "trainable": 3}
+        (task, row, 1, None): {"accuracy": 0.5, "hits": "10", "loss": 1.0, "n": 2, "trainable": 3}
         for task in study.tasks
         for row in ("uniform", "LoRA", "untrained")
     }
-    del made[last, "LoRA", 1]
+    del made[last, "LoRA", 1, None]
     assert first != last
     found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
     assert found == ["untrained", "uniform"]
-    made[last, "LoRA", 2] = made[first, "LoRA", 1]  # as many seeds, and not the same
+    made[last, "LoRA", 2, None] = made[first, "LoRA", 1, None]  # as many seeds, and not the same
     found = [line.row for line in summary.summarise(study, made) if line.task == summary.ALL]
     assert found == ["untrained", "uniform"]
 
 
 def test_the_main_rows_of_every_task_come_first(plan):
     study = read_study(plan)
-    planned = [cell.key for cell in cells(study)]
+    planned = [key for cell in cells(study) for key in cell.keys]
     main = {row.name for row in study.rows if row.main}
     assert len(set(planned)) == len(planned)
     count = len(main) * len(study.seeds) * len(study.tasks)
-    assert all(row in main for _, row, _ in planned[:count])
-    assert all(row not in main and seed == 1 for _, row, seed in planned[count:])
+    assert all(row in main for _, row, *_ in planned[:count])
+    assert all(row not in main and seed == 1 for _, row, seed, _ in planned[count:])
 
 
 def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
@@ -391,7 +323,7 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     hits = {("uniform", 1): "1100", ("uniform", 2): "1000", ("LoRA", 1): "1111",
             ("LoRA", 2): "1110", ("untrained", 1): "0000"}  # fmt: skip
     for cell in cells(study):
-        if cell.task == "words" and (cell.row.name, cell.seed) in hits:
+        if cell.tasks == ("words",) and (cell.row.name, cell.seed) in hits:
             own = hits[cell.row.name, cell.seed]
             store.add(
                 {
@@ -406,17 +338,17 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
                     "fingerprint": fingerprint(study, cell),
                 }
             )
-    (tmp_path / "doc.md").write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    (tmp_path / "doc.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     done = invoke("study", plan.name, "--report", "--into", "doc.md", "--figure", "figure.png")
     assert done.rc == 0, done.stderr
-    table = done.stdout.splitlines()
-    assert table[2].startswith("| words | untrained | 1 | 1,234 | 0.0% | - | -50.0% |")
-    assert table[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | - | - | - | 0.500 |")
-    assert table[4].startswith("|  | LoRA | 2 | 1,234 | 87.5% | 17.7% | +50.0% | ±")
+    shown = done.stdout.splitlines()
+    assert shown[2].startswith("| words | untrained | total | 1 | 1,234 | 0.0% | - | -50.0% [")
+    assert shown[3] == "|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | - | 0.500 |"
+    assert shown[4].startswith("|  | LoRA | total | 2 | 1,234 | 87.5% | 17.7% | +50.0% [")
     assert "5 of 12 cells; n = 4 test rows a task" in done.stdout
     other = invoke("study", plan.name, "--report", "--baseline", "LoRA").stdout.splitlines()
-    assert "| Δ vs LoRA |" in other[0]
-    assert other[3].startswith("|  | uniform | 2 | 1,234 | 37.5% | 17.7% | -50.0% | ±")
+    assert "difference from LoRA" in other[-1]
+    assert other[3].startswith("|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | -50.0% [")
     wrong = invoke("study", plan.name, "--report", "--baseline", "lora")
     assert (wrong.rc, "has no row 'lora'" in wrong.stderr) == (1, True)
     text = (tmp_path / "doc.md").read_text()

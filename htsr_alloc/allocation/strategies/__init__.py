@@ -13,6 +13,7 @@ from htsr_alloc.allocation.strategies.base import Plan, Strategy
 from htsr_alloc.allocation.strategies.common import Common
 from htsr_alloc.allocation.strategies.explicit import Explicit
 from htsr_alloc.allocation.strategies.mola import Mola
+from htsr_alloc.allocation.strategies.random import Random
 from htsr_alloc.allocation.strategies.shrunk import Shrunk
 from htsr_alloc.allocation.strategies.uniform import Uniform
 
@@ -28,6 +29,7 @@ __all__ = [
     "Explicit",
     "Mola",
     "Plan",
+    "Random",
     "Shrunk",
     "Strategy",
     "Uniform",

@@ -1,40 +1,40 @@
-"""A study file (YAML) to cells: which rows on which tasks with which seeds, in which order."""
+"""A study file (YAML): models, tasks and rows."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from htsr_alloc import files
-from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups
+from htsr_alloc.allocation import Bounds, allocate, keywords_of, parse_groups, read_scores
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.systems import DEFAULT
-from htsr_alloc.records import METRICS, Allocation, Metrics, loads
+from htsr_alloc.records import Allocation, Metrics, loads
 from htsr_alloc.records.convert import convert
 from htsr_alloc.records.lora import Lora
 from htsr_alloc.records.text import printable
-from htsr_alloc.training.identity import content_of
+from htsr_alloc.training.baselines import Baseline
 from htsr_alloc.training.methods import METHODS, read_settings
-from htsr_alloc.training.settings import LEARNING_RATE, Recipe
+from htsr_alloc.training.settings import Recipe
 
 UNTRAINED = "none"  # the system of a row that only evaluates the model
 Positive = Annotated[int, Meta(ge=1)]
+TASK = "{task}"  # in the name of a score file
 Number = int | float  # as the file has it: a fingerprint tells 2 from 2.0
+Rate = Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True)
 class Task:
     """JSON lines to train on and to test on.
 
-    ``valid`` is for systems that also learn from validation rows. Only the first ``test_rows``
-    are tested. ``steps`` is None where the study's recipe gives them.
+    ``valid`` is for tuning, and for systems that also learn from validation rows. Only the first
+    ``test_rows`` are tested. ``steps`` is None where the study's recipe gives them.
     """
 
     train: Path
@@ -48,10 +48,14 @@ class Task:
 class RowSpec:
     """One row of the table: a system and an allocation.
 
-    ``strategy``, ``metric``, ``metrics``, ``beta``, ``groups`` and ``repair`` are those of
-    ``htsr allocate``, whose budget is the study's. ``main`` rows run with every seed, the others
+    ``strategy``, ``metric``, ``metrics``, ``scores``, ``beta``, ``spread``, ``groups`` and
+    ``repair`` are those of ``htsr allocate``, whose budget is the study's; in the name of
+    ``scores`` the task stands for ``{task}``. ``main`` rows run with every seed, the others
     with the first. What is None is the study's. ``settings`` are the system's, as those of
-    ``htsr train --set``.
+    ``htsr train --set``. ``match`` says which parameters are the baseline's, all of them or
+    those that act on a token. ``draw`` is the seed of a random strategy: the other allocations of
+    the same system have to beat the rows that have one. ``learning_rates`` are a grid of the row's
+    own, as long as the study's; a row with a ``learning_rate`` is not tuned.
     """
 
     name: str
@@ -64,13 +68,30 @@ class RowSpec:
     repair: str = "remainder"
     groups: str | None = None
     experts: Positive | None = None
-    learning_rate: Annotated[float, Meta(gt=0)] | None = None
+    learning_rate: Rate | None = None
     settings: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
+    match: Literal["total", "active"] = "total"
+    draw: Annotated[int, Meta(ge=0)] | None = None
+    learning_rates: tuple[Rate, ...] = ()
+    scores: Path | None = None
+    spread: Annotated[float, Meta(gt=1)] | None = None
+
+    def scores_of(self, task: str) -> Path | None:
+        """The score file of a task."""
+        return None if self.scores is None else Path(str(self.scores).replace(TASK, task))
 
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study. ``experts`` (T) and ``r`` set the budget that every row has to meet."""
+    """A whole study. ``experts`` (T) and ``r`` set the budget that every row has to meet.
+
+    With ``learning_rates`` each row is trained at every one of them with the first seed, and the
+    other seeds at the one with the least loss on the tasks' first ``valid_rows`` validation rows.
+
+    ``regime``: ``each`` task by itself, all ``together`` (the rows of every task in one training,
+    of as many steps as theirs together), or in ``sequence``, one after the other with the same
+    adapter. A model of several tasks is tested on each, and tuned on the mean of their losses.
+    """
 
     model: Path
     metrics: Path
@@ -87,12 +108,35 @@ class Study:
     dtype: str = "auto"
     eval_batch_size: Positive = 32
     recipe: Recipe = field(default_factory=Recipe)
+    learning_rates: tuple[Rate, ...] = ()
+    valid_rows: Positive | None = None
+    regime: Literal["each", "together", "sequence"] = "each"
 
-    def allocation(self, row: RowSpec, budget: int) -> Allocation:
-        """A row's experts per layer for a budget T."""
-        path = row.metrics or self.metrics
-        groups = parse_groups(row.groups) if row.groups else None
-        keywords = {"beta": row.beta, "metric": row.metric, "groups": groups}
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The tasks that one model is trained on."""
+        return [(task,) for task in self.tasks] if self.regime == "each" else [tuple(self.tasks)]
+
+    def tuned(self, row: RowSpec) -> bool:
+        """Whether the row's learning rate is chosen from a grid."""
+        fixed = row.system == UNTRAINED or row.learning_rate is not None
+        return bool(self.learning_rates) and not fixed
+
+    def rates(self, row: RowSpec) -> tuple[float | None, ...]:
+        """The grid of a row; one None for a row that is not tuned."""
+        return (row.learning_rates or self.learning_rates) if self.tuned(row) else (None,)
+
+    def allocation(self, row: RowSpec, budget: int, task: str) -> Allocation:
+        """A row's experts per layer for a budget T, on a task."""
+        path, scores = row.metrics or self.metrics, row.scores_of(task)
+        keywords = {
+            "beta": row.beta if row.spread is None else None,
+            "spread": row.spread,
+            "metric": row.metric if scores is None else None,
+            "scores": None if scores is None else read_scores(scores),
+            "groups": parse_groups(row.groups) if row.groups else None,
+            "seed": row.draw,
+        }
         return allocate(
             loads(Metrics, files.read_bytes(path), path.name),
             strategy=row.strategy,
@@ -101,69 +145,6 @@ class Study:
             bounds=Bounds(low=1),
             **{k: v for k, v in keywords.items() if k in keywords_of(row.strategy)},
         )
-
-    def recipe_of(self, cell: Cell) -> Recipe:
-        """The study's recipe with the cell's seed, its task's steps and its row's rate, if any."""
-        return dataclasses.replace(
-            self.recipe,
-            save_every=0,  # a cell that is interrupted begins again
-            seed=cell.seed,
-            steps=self.tasks[cell.task].steps or self.recipe.steps,
-            learning_rate=cell.row.learning_rate or self.recipe.learning_rate or LEARNING_RATE,
-        )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run and its test."""
-
-    task: str
-    row: RowSpec
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What a result is found by."""
-        return self.task, self.row.name, self.seed
-
-
-def cells(study: Study) -> list[Cell]:
-    """The main rows of every task, seed by seed; then the others with the first seed."""
-    main = [row for row in study.rows if row.main]
-    others = [row for row in study.rows if not row.main]
-    return [
-        *(Cell(task, row, s) for task in study.tasks for s in study.seeds for row in main),
-        *(Cell(task, row, study.seeds[0]) for task in study.tasks for row in others),
-    ]
-
-
-def fingerprint(study: Study, cell: Cell) -> str:
-    """A hash of everything that a cell's result depends on, but the machine and the versions."""
-    task, row = study.tasks[cell.task], cell.row
-    parts: dict[str, Any] = {
-        "model": study.model.name,
-        "config": content_of(study.model / "config.json"),
-        "train": content_of(task.train),
-        "test": content_of(task.test),
-        "valid": content_of(task.valid) if task.valid else None,
-        "test_rows": task.test_rows,
-        "row": {k: v for k, v in dataclasses.asdict(row).items() if k not in ("name", "main")},
-        "scores": _scores(row.metrics or study.metrics),
-        "recipe": dataclasses.asdict(study.recipe_of(cell)),
-    }
-    parts["row"].pop("metrics")
-    if not row.settings:  # as it was before rows had settings
-        parts["row"].pop("settings")
-    for name in ("experts", "r", "lora_alpha", "lora_dropout", "max_length", "dtype"):
-        parts[name] = getattr(study, name)
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _scores(path: Path) -> list[tuple[float | None, ...]]:
-    """What an allocation takes from a metrics file; the rest of it may change."""
-    metrics = loads(Metrics, files.read_bytes(path), path.name)
-    return [tuple(getattr(layer, name) for name in METRICS) for layer in metrics.layers]
 
 
 def read_study(path: Path, baseline: str | None = None) -> Study:
@@ -211,8 +192,13 @@ def check_rows(study: Study) -> None:
     """Refuse a row that cannot run, before any other has run for hours.
 
     Raises:
-        HtsrError: an unknown system, or an allocation that cannot be made; it names the row.
+        HtsrError: an unknown system or one that the regime does not suit, an allocation that
+            cannot be made, or a grid of another length, with the row's name; a task without
+            validation rows to tune on.
     """
+    for name, task in study.tasks.items():
+        if study.learning_rates and task.valid is None:
+            raise HtsrError(f"The task {name} has no validation rows.", "Tuning needs `valid`.")
     systems = (UNTRAINED, *METHODS)
     for row in study.rows:
         try:
@@ -222,6 +208,28 @@ def check_rows(study: Study) -> None:
                 )
             if row.system != UNTRAINED:
                 read_settings(row.system, row.settings)
-            study.allocation(row, row.experts or study.experts)
+            given = {"seed": row.draw, "scores": row.scores, "spread": row.spread}
+            for name in given.keys() - keywords_of(row.strategy):
+                if given[name] is not None:
+                    raise HtsrError(f"the {row.strategy} strategy has no {name}.", "Remove it.")
+            method = METHODS.get(row.system)
+            if study.regime == "sequence" and isinstance(method, Baseline) and method.callbacks:
+                raise HtsrError(
+                    f"{method.title} plans one training, and not several in sequence.",
+                    "Leave it out of this study.",
+                )
+            if row.learning_rates and len(row.learning_rates) != len(study.learning_rates):
+                raise HtsrError(
+                    f"its grid has {len(row.learning_rates)} learning rates, and the study's "
+                    f"{len(study.learning_rates)}.",
+                    "Tune every row with as many runs.",
+                )
+            for first, *others in study.groups:
+                if others and row.scores is not None and TASK in str(row.scores):
+                    raise HtsrError(
+                        "its scores are those of one task, and one model learns several.",
+                        "Name one score file.",
+                    )
+                study.allocation(row, row.experts or study.experts, first)
         except HtsrError as error:
             raise HtsrError(f"The row {row.name}: {error.message}", error.hint) from None

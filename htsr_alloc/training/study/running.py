@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import models, tokens
@@ -20,12 +22,14 @@ from htsr_alloc.training.identity import weights_of
 from htsr_alloc.training.methods import method_of
 from htsr_alloc.training.recipe import Diverged, make_trainer, total_steps
 from htsr_alloc.training.rows import read_rows, share_of
-from htsr_alloc.training.study.budget import fitted
-from htsr_alloc.training.study.plan import UNTRAINED, Cell, Study, cells, check_rows, fingerprint
+from htsr_alloc.training.study.budget import Fitted, Size, fitted, size_of
+from htsr_alloc.training.study.cells import Cell, cells, fingerprint, planned
+from htsr_alloc.training.study.plan import UNTRAINED, Study, check_rows
 from htsr_alloc.training.study.store import Store
 from htsr_alloc.version import __version__
 
 Said = Callable[[str], None]
+DIGITS = 4  # of a test row's loss
 
 
 def run(study: Study, device: torch.device, say: Said, limit: int | None = None) -> int:
@@ -40,25 +44,30 @@ def run(study: Study, device: torch.device, say: Said, limit: int | None = None)
     Raises:
         HtsrError: a result made with other settings than the study's, or a row that cannot run.
     """
-    store, planned = Store(study.results), cells(study)
+    store, total = Store(study.results), planned(study)
     check(study, store)
     check_rows(study)
     count = 0
-    for cell in planned:
-        if limit is not None and count >= limit:
-            break
-        if cell.key in store.read():
-            continue
-        with store.claim(cell.key) as mine:
-            if not mine or cell.key in store.read():
-                continue
-            left = len(planned) - len(store.read())
-            say(f"{cell.task}: {cell.row.name}, seed {cell.seed} ({left} of {len(planned)} left)")
-            result = run_cell(study, cell, device)
-            store.add(result)
+    while limit is None or count < limit:
+        done = store.read()
+        known = cells(study, done)
+        waiting = [cell for cell in known if not cell.is_in(done)]
+        for cell in waiting:  # the first that no other process has
+            with store.claim(cell.keys[0]) as mine:
+                if not mine or cell.is_in(store.read()):
+                    continue
+                say(f"{cell.title} ({total - len(known) + len(waiting)} of {total} left)")
+                results = run_cell(study, cell, device)
+                store.add(*results)
             count += 1
-            outcome = result["diverged"] or f"accuracy {result['accuracy']:.3f}"
-            say(f"  {outcome} in {result['wall_s']:.0f} s")
+            for line in results:
+                outcome = line["diverged"] or (
+                    f"accuracy {line['accuracy']:.3f}, loss {line['loss']:.3f}"
+                )
+                say(f"  {line['task']}: {outcome} in {line['wall_s']:.0f} s")
+            break
+        else:
+            break
     return count
 
 
@@ -69,80 +78,48 @@ def check(study: Study, store: Store) -> None:
         HtsrError: with the first cell that differs.
     """
     done = store.read()
-    for cell in cells(study):
-        old = done.get(cell.key)
-        if old is None:
+    for cell in cells(study, done):
+        held = [done[key] for key in cell.keys if key in done]
+        if not held:
             continue
+        old, tasks = held[0], " and ".join(cell.tasks)
         if "weights" in old and old["weights"] != weights_of(study.model):
             raise HtsrError(
-                f"{store.path.name} has {cell.row.name} on {cell.task} with other weights than "
+                f"{store.path.name} has {cell.row.name} on {tasks} with other weights than "
                 f"those in {study.model.name}.",
                 "Name another results file, or give the model that the results are of.",
             )
-        if old["fingerprint"] != fingerprint(study, cell):
+        if any(line["fingerprint"] != fingerprint(study, cell) for line in held):
             raise HtsrError(
-                f"{store.path.name} has {cell.row.name} on {cell.task} with other settings or data "
+                f"{store.path.name} has {cell.row.name} on {tasks} with other settings or data "
                 "than the study's.",
                 "Name another results file, or take the old line out.",
             )
 
 
-def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Train and test one cell; what goes into the results."""
+def run_cell(study: Study, cell: Cell, device: torch.device) -> list[dict[str, Any]]:
+    """Train and test one cell; what goes into the results, a line a task."""
     started, cpu = time.time(), time.process_time()
-    task, dtype = study.tasks[cell.task], models.dtype_of(study.dtype, device)
-    tokenizer = _tokenizer(study.model)
-    collate = tokens.Collator(tokens.pad_id(tokenizer))
-    made = None if cell.row.system == UNTRAINED else fitted(study, cell.row)
+    dtype = models.dtype_of(study.dtype, device)
+    made = None if cell.row.system == UNTRAINED else fitted(study, cell.row, cell.tasks[0])
     weights = dtype if made is None else made.adapter.weights_in(dtype)
     model: Any = models.open_causal_lm(study.model, weights).to(device)
-    train_loss, trainable, diverged = None, 0, None
+    trained = Trained(model)
     if made is not None:
-        recipe = study.recipe_of(cell)
-        examples = _examples(study.model, task.train, study.max_length)
-        torch.manual_seed(cell.seed)
-        steps = total_steps(len(examples), recipe)
-        model = made.adapter.put_on(model, made.allocation, steps=steps)
-        made.adapter.start(model, examples, collate, recipe.batch_size)
-        trainable = models.trainable(model)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(
-                model,
-                examples,
-                Path(folder),
-                recipe,
-                collate=collate,
-                callbacks=made.adapter.callbacks(),
-                activations=_validation(study, cell),
-                device=device,
-                bf16=dtype == torch.bfloat16,
-            )
-            try:
-                trainer.train()
-                trainer.refuse_divergence()
-            except Diverged as error:
-                diverged = error.message
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        train_loss = None if diverged else losses[-1]
-    trained = time.time()
-    rows = share_of(read_rows(task.test), task.test_rows)
-    score = None
-    if not diverged:
-        score = evaluate(model, tokenizer, rows, batch_size=study.eval_batch_size)
-    scored = dict.fromkeys(f.name for f in fields(Score)) if score is None else asdict(score)
-    return {
-        "task": cell.task,
-        "row": cell.row.name,
-        "seed": cell.seed,
-        "system": cell.row.system,
-        **scored,
-        "diverged": diverged,
-        "train_loss": train_loss,
-        "trainable": trainable,
+        trained = _train(study, cell, made, model, device)
+    before = time.time()
+    tests = {name: _tested(study, cell, trained, name) for name in cell.tasks}
+    shared = {
+        "diverged": trained.diverged,
+        "train_loss": trained.loss,
+        "trainable": trained.size.total,
+        "active": trained.size.active,
         "r": made.adapter.r if made else None,
         "experts": list(made.allocation.experts) if made and made.allocation else None,
+        "learning_rate": cell.recipe(study).learning_rate if made else None,
+        "step_s": trained.step_s,
         "wall_s": round(time.time() - started, 1),
-        "test_s": round(time.time() - trained, 1),
+        "test_s": round(time.time() - before, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
@@ -150,13 +127,112 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> dict[str, Any]:
         "fingerprint": fingerprint(study, cell),
         "weights": weights_of(study.model),
     }
+    own = {"row": cell.row.name, "seed": cell.seed, "rate": cell.rate, "system": cell.row.system}
+    return [{"task": name, **own, **found, **shared} for name, found in tests.items()]
 
 
-def _validation(study: Study, cell: Cell) -> list[tokens.Example]:
-    path = study.tasks[cell.task].valid
-    if path is None or not method_of(cell.row.system).bilevel:
-        return []
-    return _examples(study.model, path, study.max_length)
+def _tested(study: Study, cell: Cell, trained: Trained, name: str) -> dict[str, Any]:
+    """What one task says of a trained model; None where that diverged."""
+    task, before = study.tasks[name], trained.before.get(name)
+    score = valid = None
+    if not trained.diverged:
+        if cell.tunes(study) and task.valid is not None:
+            valid = _score(study, trained.model, task.valid, study.valid_rows)
+        score = _score(study, trained.model, task.test, task.test_rows)
+    scored = dict.fromkeys(f.name for f in fields(Score)) if score is None else asdict(score)
+    if score is not None:
+        scored["losses"] = [round(loss, DIGITS) for loss in score.losses]
+    scored |= {
+        "valid_loss": valid.loss if valid else None,
+        "valid_accuracy": valid.accuracy if valid else None,
+    }
+    if before is not None:  # directly after its own training
+        scored |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
+    return scored
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after its training, if any.
+
+    ``step_s`` is the median step's seconds. ``before`` has the score of each task that
+    others came after, directly after its own training.
+    """
+
+    model: Any
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    loss: float | None = None
+    diverged: str | None = None
+    step_s: float | None = None
+    before: Mapping[str, Score] = field(default_factory=dict)
+
+
+class StepTimes(TrainerCallback):
+    """The time of each optimiser step: on a CPU the process's own, which others do not lengthen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.began, self.seconds = 0.0, list[float]()
+        self.clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
+        """The clock starts."""
+        self.began = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """It stops."""
+        self.seconds.append(self.clock() - self.began)
+
+
+def _train(study: Study, cell: Cell, made: Fitted, model: Any, device: torch.device) -> Trained:
+    """A row's adapter on the model, trained on the cell's tasks, stage by stage."""
+    adapter, stages, before = made.adapter, cell.stages(study), dict[str, Score]()
+    collate = tokens.Collator(tokens.pad_id(_tokenizer(study.model)))
+    rows = [_rows(study, [study.tasks[task].train for task in stage]) for stage in stages]
+    recipes = [cell.recipe(study, stage) for stage in stages]
+    torch.manual_seed(cell.seed)
+    steps = sum(total_steps(len(own), recipe) for own, recipe in zip(rows, recipes, strict=True))
+    model = adapter.put_on(model, made.allocation, steps=steps)
+    adapter.start(model, rows[0], collate, recipes[0].batch_size)
+    size, times, loss, diverged = size_of(model), StepTimes(device), None, None
+    for stage, examples, recipe in zip(stages, rows, recipes, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(
+                model,
+                examples,
+                Path(folder),
+                recipe,
+                collate=collate,
+                callbacks=[times, *adapter.callbacks()],
+                activations=_validation(study, stage, cell.row.system),
+                device=device,
+                bf16=models.dtype_of(study.dtype, device) == torch.bfloat16,
+            )
+            try:
+                trainer.train()
+                trainer.refuse_divergence()
+            except Diverged as error:
+                diverged = error.message
+                break
+        loss = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+        if stage != stages[-1]:
+            task = study.tasks[stage[0]]
+            before[stage[0]] = _score(study, model, task.test, task.test_rows)
+    step = round(statistics.median(times.seconds), 3) if times.seconds else None
+    return Trained(model, size, None if diverged else loss, diverged, step, before)
+
+
+def _score(study: Study, model: Any, path: Path, limit: int | None) -> Score:
+    rows = share_of(read_rows(path), limit)
+    return evaluate(model, _tokenizer(study.model), rows, batch_size=study.eval_batch_size)
+
+
+def _validation(study: Study, stage: Sequence[str], system: str) -> list[tokens.Example]:
+    paths = [study.tasks[task].valid for task in stage] if method_of(system).bilevel else []
+    return _rows(study, [path for path in paths if path is not None])
+
+
+def _rows(study: Study, paths: Sequence[Path]) -> list[tokens.Example]:
+    return [row for path in paths for row in _examples(study.model, path, study.max_length)]
 
 
 @functools.cache

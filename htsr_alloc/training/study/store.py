@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.training.study.cells import Key
 
-Key = tuple[str, str, int]
 FILE_BYTE = 0  # held to change the file; cells hold later ones
 
 
 class Store:
-    """The finished cells of a study, by task, row and seed."""
+    """The finished cells of a study, by task, row, seed and tuned rate."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,19 +51,19 @@ class Store:
         for number, line in enumerate(files.read_bytes(self.path).splitlines(), 1):
             try:
                 cell = json.loads(line)
-                found[(cell["task"], cell["row"], cell["seed"])] = cell
+                found[cell["task"], cell["row"], cell["seed"], cell.get("rate")] = cell
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise HtsrError(f"{self.path.name}, line {number}: this is not a cell.") from None
         return found
 
-    def add(self, cell: dict[str, Any]) -> None:
-        """Append one finished cell."""
+    def add(self, *found: dict[str, Any]) -> None:
+        """Append one finished cell's lines, all or none."""
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, FILE_BYTE)
         except OSError as error:
             raise files.cannot("lock", self.lock_path, error) from None
         try:
-            lines = [*self.read().values(), cell]
+            lines = [*self.read().values(), *found]
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, FILE_BYTE)

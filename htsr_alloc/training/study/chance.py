@@ -1,0 +1,99 @@
+"""Is an allocation better than experts in random places? Each against the plan's random draws."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from htsr_alloc.training.study.cells import Done, outcomes
+from htsr_alloc.training.study.plan import RowSpec, Study
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One allocation on one task among ``draws`` random ones, by the loss on the same seeds.
+
+    ``rank`` 1 is the lowest loss of all; ``low`` and ``high`` are the random ones'.
+    """
+
+    task: str
+    row: str
+    loss: float
+    rank: int
+    low: float
+    high: float
+    draws: int
+
+    @property
+    def outside(self) -> str:
+        """``better`` or ``worse`` than every random one, or nothing."""
+        return {1: "better", self.draws + 1: "worse"}.get(self.rank, "")
+
+    @property
+    def chance(self) -> float:
+        """How often one more random allocation would be better than all of them."""
+        return 1 / (self.draws + 1)
+
+
+def ranks(study: Study, done: Done) -> list[Rank]:
+    """Every allocation among the random ones of its system, task by task; none where a draw is
+    missing."""
+    lines, found = outcomes(study, done), []
+    for task in study.tasks:
+        losses = {
+            row.name: {
+                seed: line["loss"]
+                for seed in study.seeds
+                if (line := lines.get((task, row.name, seed))) and not line.get("diverged")
+            }
+            for row in study.rows
+        }
+        for row in study.rows:
+            draws = [other for other in study.rows if _rivals(row, other)]
+            shared = set(losses[row.name])
+            for draw in draws:
+                shared &= set(losses[draw.name])
+            if not draws or not shared or row.draw is not None:
+                continue
+
+            def mean(name: str, seeds: set[int] = shared, own: dict = losses) -> float:
+                return statistics.mean(own[name][seed] for seed in seeds)
+
+            found.append(_rank(task, row.name, mean(row.name), [mean(d.name) for d in draws]))
+    return found
+
+
+def _rivals(row: RowSpec, draw: RowSpec) -> bool:
+    """Whether a random row has all that the other has, but the places."""
+    own, other = ((x.system, x.settings, x.match, x.experts, x.learning_rates) for x in (row, draw))
+    return draw.draw is not None and own == other
+
+
+def _rank(task: str, name: str, loss: float, random: Sequence[float]) -> Rank:
+    place = 1 + sum(other < loss for other in random)
+    return Rank(task, name, loss, place, min(random), max(random), len(random))
+
+
+def table(found: Sequence[Rank]) -> str:
+    """Markdown, and what chance does."""
+    if not found:
+        return ""
+    text = [
+        "| task | allocation | loss | random draws | rank | outside |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for own in found:
+        text.append(
+            f"| {own.task} | {own.row} | {own.loss:.3f} | {own.low:.3f} to {own.high:.3f} | "
+            f"{own.rank} of {own.draws + 1} | {own.outside or '-'} |"
+        )
+    odds = round(1 / found[0].chance)
+    text += [
+        "",
+        f"Each allocation among {found[0].draws} random ones of the same spread, by the loss on "
+        "the seeds that all have; *outside* is beyond all of them. One more random allocation "
+        f"would be the best one time in {odds}, and the worst as often: over {len(found)} "
+        f"comparisons that makes {2 * len(found) / odds:.1f} outside by chance.",
+    ]
+    return "\n".join(text) + "\n"

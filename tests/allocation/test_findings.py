@@ -1,0 +1,84 @@
+"""What is known of an allocation: read from the file that a study writes."""
+
+import dataclasses
+
+import pytest
+from helpers.commands import ROOT
+
+from htsr_alloc import allocate
+from htsr_alloc.allocation import known as of
+from htsr_alloc.allocation import read_scores
+from htsr_alloc.allocation.findings import FILE, Finding, read_findings, write_findings
+from htsr_alloc.errors import HtsrError
+
+METRICS = ROOT / "data" / "minilm.metrics.json"
+FINDING = Finding(
+    study="a.yaml",
+    model="small",
+    tasks=("x", "y"),
+    rows=400,
+    draws=5,
+    strategy="alphalora",
+    metric="pl_alpha_hill",
+    estimator="official",
+    beta=2.5,
+    better=("y",),
+    worse=(),
+)
+SENTENCE = (
+    "known of alphalora on small (x, y; 400 test rows each): better than all 5 random allocations "
+    "on 1 of 2 tasks, worse than all on 0; by chance 0.3 each"
+)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    write_findings(tmp_path / "known.json", "a.yaml", [FINDING])
+    monkeypatch.setattr("htsr_alloc.allocation.findings.FILE", tmp_path / "known.json")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    from htsr_alloc.allocation.findings import _shipped
+
+    _shipped.cache_clear()
+    yield
+    _shipped.cache_clear()
+
+
+def test_the_shipped_file_holds_findings():
+    for own in read_findings(FILE):
+        assert set(own.better) | set(own.worse) <= set(own.tasks)
+
+
+def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
+    record = allocate(METRICS, T=30).strategy
+    own = dataclasses.replace(FINDING, estimator=record.estimator)
+    assert own.is_about(record)
+    for other in ({"beta": 2.0}, {"metric": "stable_rank"}, {"strategy": "uniform"}):
+        assert not dataclasses.replace(own, **other).is_about(record)
+    (tmp_path / "s.csv").write_text("layer,score\n" + "".join(f"{i},{i + 1}\n" for i in range(6)))
+    scored = allocate(METRICS, T=30, scores=read_scores(tmp_path / "s.csv")).strategy
+    assert not own.is_about(scored)
+
+
+def test_the_command_says_it_in_one_line(shipped, invoke, tmp_path):
+    estimator = allocate(METRICS, T=30).strategy.estimator
+    write_findings(
+        tmp_path / "known.json", "a.yaml", [dataclasses.replace(FINDING, estimator=estimator)]
+    )
+    done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json")
+    assert done.rc == 0
+    assert SENTENCE in done.stderr.splitlines()
+    for more in (("-q",), ("--beta", 2), ("--strategy", "uniform")):
+        done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json", "--force", *more)
+        assert "known of" not in done.stderr
+    assert of(None) == []
+
+
+def test_what_is_no_finding_is_one_sentence(tmp_path):
+    path = tmp_path / "known.json"
+    for text in ("{", "{}", '[{"study": "a"}]', '[{"study": 3}]'):
+        path.write_text(text)
+        with pytest.raises(HtsrError, match=r"^known\.json does not hold a study's findings: "):
+            read_findings(path)
