@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, with_noise
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.checkpoints import quantised
-from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.checkpoints.reading import Checkpoint
@@ -35,7 +34,6 @@ from htsr_alloc.records import (
     dumps,
     this_tool,
 )
-from htsr_alloc.records.facts import check_bare_name
 from htsr_alloc.records.means import summarise
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
@@ -45,56 +43,6 @@ from htsr_alloc.spectra.uncertainty import NOISE
 from htsr_alloc.version import __version__
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run writes: ``<stem>.metrics.json``, its spectra and its journal."""
-
-    metrics: Path
-
-    @property
-    def stem(self) -> str:
-        return self.metrics.name.removesuffix(".json").removesuffix(".metrics")
-
-    @property
-    def spectra(self) -> Path:
-        return self.metrics.with_name(f"{self.stem}.spectra.safetensors")
-
-    @property
-    def journal(self) -> Path:
-        return self.metrics.with_name(f"{self.stem}.journal")
-
-    def check(self, inputs: Iterable[Path]) -> None:
-        """Refuse names that fail only after the work, or that belong to something else.
-
-        Args:
-            inputs: the files that the run reads.
-
-        Raises:
-            HtsrError: a name that the metrics cannot hold or the file system does not take, a file
-                of ``inputs``, or spectra that a metrics file of a like name was written with.
-        """
-        inputs = tuple(inputs)
-        try:
-            check_bare_name(self.spectra.name, "the output's name")
-            check_unicode([self.spectra.name])
-        except ValueError as error:
-            raise HtsrError(f"{error}.", "Choose another `output`.") from None
-        for path in (self.metrics, self.spectra, self.journal):
-            files.refuse_overwriting(path, inputs)
-        for path in (self.metrics, self.spectra):
-            files.check_writable(path)
-        owned = json.dumps(self.spectra.name).encode()
-        for ending in ("", ".json", ".metrics", ".metrics.json"):
-            other = self.metrics.with_name(self.stem + ending)
-            if other.name == self.metrics.name or not other.is_file():
-                continue
-            if owned in files.read_bytes(other):
-                raise HtsrError(
-                    f"{self.spectra.name} belongs to {other.name} and would be overwritten.",
-                    f"Write to {other.name}, or choose another `output`.",
-                )
 
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
@@ -134,6 +82,7 @@ def analyze(
     *,
     limits: Limits | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
     **chosen: Any,
 ) -> Metrics | None:
@@ -152,6 +101,7 @@ def analyze(
         output: where to write, as ``x.metrics.json``; None writes nothing.
         limits: workers and memory; default all cores and what they need.
         restart: ignore the journal of an earlier run.
+        force: replace a result of other settings or of another model.
         progress: wraps the stream of (matrix, was it resumed), one item a finished matrix.
 
     Returns:
@@ -159,7 +109,8 @@ def analyze(
 
     Raises:
         HtsrError: nothing to analyse, quantised weights, unreadable files, a journal of other
-            settings, too little memory allowed. A matrix without a spectrum is not an error: it
+            settings, an ``output`` that is there and is another result, too little memory allowed.
+            A matrix without a spectrum is not an error: it
             is recorded with its reason.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -176,6 +127,8 @@ def analyze(
     transfer(checkpoint, layer_map.matrices)  # offline, what the cache lacks is named
     if output is not None:
         output.check(checkpoint.paths)
+        if not force:
+            output.refuse_to_replace(checkpoint, settings, layer_map)
     identity = _identity(checkpoint, settings)
     with Processes.join() as processes, ExitStack() as stack:
         journal = None
@@ -213,6 +166,8 @@ def analyze(
         if processes.first:
             metrics = _assemble(checkpoint, layer_map, settings, entries)
             if output is not None:
+                if not force:
+                    output.refuse_other_weights(metrics)
                 metrics = _write(metrics, entries, output)
         processes.wait()  # until the results are safe, every journal stays
         if journal is not None:

@@ -109,6 +109,7 @@ def allocate(
         htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
+    from htsr_alloc.records.keeping import refuse_to_replace
 
     to_stdout = output is not None and str(output) == "-"
     _refuse_idle(
@@ -182,28 +183,18 @@ def allocate(
     if to_stdout:
         screen.text(records.dumps(result))
         return
-    _refuse_to_replace(path, result, force)
+    if not force:
+        refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report))
     screen.note(f"wrote {path}")
 
 
-def _refuse_to_replace(path: Path, result: Allocation, force: bool) -> None:
-    """Keep another allocation; only dates and the hash of the metrics may differ."""
-    from htsr_alloc import files, records
-
-    if force or not path.is_file():
-        return
-    try:
-        there = records.loads(records.Allocation, files.read_bytes(path), path.name)
-    except HtsrError:  # whatever it is, it is not this allocation
-        there = None
+def _difference(there: Allocation, result: Allocation) -> str | None:
+    """Only dates and the hash of the metrics may differ."""
     origin = {"tool": None, "metrics": None}
-    if there is None or replace(there, **origin) != replace(result, **origin):
-        raise HtsrError(
-            f"{path} is there and differs from this allocation.",
-            "Give --force to replace it, or another file with -o.",
-        )
+    same = replace(there, **origin) == replace(result, **origin)
+    return None if same else "differs from this allocation"
 
 
 def _refuse_idle(idle: dict[str, bool]) -> None:

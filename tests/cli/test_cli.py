@@ -29,7 +29,8 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 @pytest.fixture(scope="session")
 def metrics_file(tmp_path_factory):
     """Metrics and spectra of a tiny model, made once."""
-    from htsr_alloc.analysis.analyze import RunFiles, analyze
+    from htsr_alloc.analysis.analyze import analyze
+    from htsr_alloc.analysis.outputs import RunFiles
     from htsr_alloc.checkpoints.open import open_checkpoint
     from htsr_alloc.records import Settings
 
@@ -126,7 +127,7 @@ def test_output_dash_is_the_file_on_stdout(here, model, invoke, tmp_path):
 def test_json_is_the_only_thing_on_stdout(here, model, invoke, command):
     arguments = {
         "inspect": [model],
-        "analyze": [model],
+        "analyze": [model, "-o", "new.metrics.json"],
         "fit": [here, "--estimator", "median"],
         "allocate": ["--T", 8],
     }[command]
