@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from htsr_alloc.lora_moe.collapse import Collapsed
     from htsr_alloc.lora_moe.linears import LeftAlone
     from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
+    from htsr_alloc.reports.counts import Counted
     from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
@@ -76,25 +77,57 @@ def _doubtful(found: Metrics) -> list[str]:
     ]
 
 
-def explanation(found: Sequence[LayerParts], estimator: str, layer: int | None) -> View:
-    """One layer's matrices, or each layer with the one that adds most; 80 columns."""
+def explanation(
+    found: Sequence[LayerParts],
+    estimator: str,
+    layer: int | None,
+    counts: Sequence[Counted] = (),
+    allocation: Allocation | None = None,
+) -> View:
+    """One layer's matrices, or each layer with the one that adds most; with an allocation also
+    the counts."""
+    what = "experts" if allocation is None else allocation.counted
+    every, counted = layer is None, bool(counts)
+    columns = [
+        "layer",
+        *(["mean"] if every else []),
+        *(["quota", what] if every and counted else []),
+    ]
+    columns += ["role", "alpha ± se", "k", "share", "without"]
+    columns += [f"{what} then"] if counted and not every else []
+    columns += ["note"]
+    if every and counted:  # 80 columns
+        columns = [name for name in columns if name not in ("k", "note")]
     rows, notes = [], [f"estimator: {estimator}"]
-    for row in found:
-        for part in row.parts[: 1 if layer is None else None]:
-            own = [part.role[:20], _plus(part.alpha, part.se), part.k, f"{part.share:.0%}"]
-            cells = [*own, part.without, ", ".join(part.reasons)]
-            score = [_plus(row.score, row.se)] if layer is None else []
-            rows.append([row.layer, *score, *cells])
-        if layer is not None:
-            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}")
-    first = ["layer", "mean"] if layer is None else ["layer"]
-    columns = [*first, "role", "alpha ± se", "k", "share", "without", "note"]
+    for row, own in zip(found, counts or [None] * len(found), strict=True):
+        for part in row.parts[: 1 if every else None]:
+            cells = {
+                "layer": row.layer,
+                "mean": _plus(row.score, row.se),
+                "role": part.role[:20],
+                "alpha ± se": _plus(part.alpha, part.se),
+                "k": part.k,
+                "share": f"{part.share:.0%}",
+                "without": part.without,
+                "note": ", ".join(part.reasons),
+            }
+            if own is not None:
+                then = own.without.get(part.tensor)
+                cells |= {"quota": own.quota, what: own.count, f"{what} then": then}
+            rows.append([cells[name] for name in columns])
+        if not every:
+            gets = "" if own is None else f", the quota {own.quota:.3f}: {own.count} {what}"
+            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}{gets}")
     notes.append(
         "without: the layer's mean without that matrix; start: the choice of the tail's start "
         f"decides its alpha; short: k < {SHORT}"
     )
-    table = Table(columns, rows, left=["role", "note"])
-    return View({"estimator": estimator, "layers": [asdict(x) for x in found]}, [table], notes)
+    if counted and not every:
+        notes.append(f"{what} then: what the layer would get with that mean, of the same budget")
+    data = {"estimator": estimator, "layers": [asdict(x) for x in found]}
+    if counted:
+        data["counts"] = [asdict(x) for x in counts]
+    return View(data, [Table(columns, rows, left=["role", "note"])], notes)
 
 
 def _plus(value: float | None, se: float | None) -> str:

@@ -60,8 +60,8 @@ def test_a_trained_folder_has_the_tokenizer_and_a_filled_card(adapter, files):
     card = (adapter / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
     for said in ("LoRA mixture (alphalora) adapter of model", "32 rows of train.jsonl, 6 steps",
-                 ", mean of steps 2 to 6", "from the first: 3, 2", "pip install 'htsr-alloc[train]'",
-                 "import htsr_alloc.lora_moe"):  # fmt: skip
+                 ", mean of steps 2 to 6", "from the first: 3, 2",
+                 "pip install 'htsr-alloc[train]'", "import htsr_alloc.lora_moe"):  # fmt: skip
         assert said in card
     assert str(files) not in card
     assert not [path for path in adapter.iterdir() if path.name.startswith(".")]
