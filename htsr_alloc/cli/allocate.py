@@ -186,7 +186,7 @@ def allocate(
     if not force:
         refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
-    screen.show(views.allocation(result, report))
+    screen.show(views.allocation(result, report, metrics))
     screen.note(f"wrote {path}")
 
 

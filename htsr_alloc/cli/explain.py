@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from htsr_alloc.cli import views
 from htsr_alloc.cli.allocate import newest_metrics
+from htsr_alloc.cli.explaining import explanation
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
@@ -59,12 +59,12 @@ def explain(
             raise HtsrError("`metrics` are those of an allocation file.", f"{file} has its own.")
         number = None if layer is None else layer_number(record, layer)
         found = explained(record, number)
-        screen.show(views.explanation(found, record.settings.estimator, number))
+        screen.show(explanation(found, record.settings.estimator, number))
         return
     source = _metrics_of(record, file, metrics)
     number = None if layer is None else layer_number(source, layer)
     found, counts = explain_counts(record, source, number)
-    screen.show(views.explanation(found, source.settings.estimator, number, counts, record))
+    screen.show(explanation(found, source.settings.estimator, number, counts, record))
 
 
 def _metrics_of(allocation: Allocation, file: Path, given: Path | None) -> Metrics:

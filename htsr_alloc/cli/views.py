@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,13 @@ from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in other words
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from htsr_alloc.allocation.sensitivity import Sensitivity
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
     from htsr_alloc.lora_moe.linears import LeftAlone
     from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
-    from htsr_alloc.reports.counts import Counted
-    from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
@@ -35,7 +36,7 @@ def metrics(found: Metrics) -> View:
         fits = f"{layer.matrices - layer.unfitted}/{layer.matrices}"
         rows.append([
             layer.layer, short(layer.prefix), fits if layer.unfitted else layer.matrices,
-            _plus(layer.pl_alpha_hill, row.se), _to(ks),
+            plus(layer.pl_alpha_hill, row.se), _to(ks),
             layer.alpha_hat, layer.stable_rank, layer.reason or "",
         ])  # fmt: skip
         errors, reasons = errors or row.se is not None, reasons or layer.reason is not None
@@ -77,67 +78,20 @@ def _doubtful(found: Metrics) -> list[str]:
     ]
 
 
-def explanation(
-    found: Sequence[LayerParts],
-    estimator: str,
-    layer: int | None,
-    counts: Sequence[Counted] = (),
-    allocation: Allocation | None = None,
-) -> View:
-    """One layer's matrices, or each layer with the one that adds most; with an allocation also
-    the counts."""
-    what = "experts" if allocation is None else allocation.counted
-    every, counted = layer is None, bool(counts)
-    columns = [
-        "layer",
-        *(["mean"] if every else []),
-        *(["quota", what] if every and counted else []),
-    ]
-    columns += ["role", "alpha ± se", "k", "share", "without"]
-    columns += [f"{what} then"] if counted and not every else []
-    columns += ["note"]
-    if every and counted:  # 80 columns
-        columns = [name for name in columns if name not in ("k", "note")]
-    rows, notes = [], [f"estimator: {estimator}"]
-    for row, own in zip(found, counts or [None] * len(found), strict=True):
-        for part in row.parts[: 1 if every else None]:
-            cells = {
-                "layer": row.layer,
-                "mean": _plus(row.score, row.se),
-                "role": part.role[:20],
-                "alpha ± se": _plus(part.alpha, part.se),
-                "k": part.k,
-                "share": f"{part.share:.0%}",
-                "without": part.without,
-                "note": ", ".join(part.reasons),
-            }
-            if own is not None:
-                then = own.without.get(part.tensor)
-                cells |= {"quota": own.quota, what: own.count, f"{what} then": then}
-            rows.append([cells[name] for name in columns])
-        if not every:
-            gets = "" if own is None else f", the quota {own.quota:.3f}: {own.count} {what}"
-            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}{gets}")
-    notes.append(
-        "without: the layer's mean without that matrix; start: the choice of the tail's start "
-        f"decides its alpha; short: k < {SHORT}"
-    )
-    if counted and not every:
-        notes.append(f"{what} then: what the layer would get with that mean, of the same budget")
-    data = {"estimator": estimator, "layers": [asdict(x) for x in found]}
-    if counted:
-        data["counts"] = [asdict(x) for x in counts]
-    return View(data, [Table(columns, rows, left=["role", "note"])], notes)
-
-
-def _plus(value: float | None, se: float | None) -> str:
+def plus(value: float | None, se: float | None) -> str:
+    """A number with its standard error."""
     if value is None:
         return "-"
     return f"{value:.2f}" + (f" ± {se:.2f}" if se is not None else "")
 
 
-def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
-    """One row a layer with a bar, or one row a linear; then how stable the counts are."""
+def allocation(
+    result: Allocation, found: Sensitivity | None = None, metrics: Path | None = None
+) -> View:
+    """One row a layer with a bar, or one row a linear; then how stable the counts are.
+
+    ``metrics`` is the file that it was made from, for a hint.
+    """
     data = as_json(result)
     units = result.modules or result.evidence
     largest = max(unit.experts for unit in units)
@@ -176,7 +130,7 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
         line = f"{strategy.name}: {what} = {result.budget} over {len(result.experts)} layers"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
         notes += _signal(strategy.signal)
-        notes += _recommended(strategy)
+        notes += _recommended(strategy, metrics)
     if result.parameters is not None:
         money = result.parameters
         notes.append(
@@ -199,13 +153,13 @@ def _signal(signal: Signal | None) -> list[str]:
     return said + ([signal.uniform] if signal.uniform else [])
 
 
-def _recommended(strategy: StrategyRecord) -> list[str]:
+def _recommended(strategy: StrategyRecord, metrics: Path | None) -> list[str]:
     """Which estimator a decision should use, where this one only reproduces a paper."""
-    if strategy.estimator not in NOISY:
+    if strategy.estimator not in NOISY or metrics is None:
         return []
     return [
         f"{strategy.estimator} reproduces a paper. For a decision use the smoother "
-        f"{FOR_DECISIONS}: htsr fit METRICS --estimator {FOR_DECISIONS}"
+        f"{FOR_DECISIONS}: htsr fit {shlex.quote(str(metrics))} --estimator {FOR_DECISIONS}"
     ]
 
 

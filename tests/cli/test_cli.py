@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -572,6 +573,17 @@ def test_a_download_is_announced_after_the_weights_are_accepted(tmp_path, quanti
 
 
 # --- nothing is lost, and nothing is promised ------------------------------------------------
+
+
+def test_the_hint_about_the_estimator_can_be_copied(here, invoke, tmp_path):
+    (tmp_path / "my run").mkdir()
+    for name in (here.name, "tiny.spectra.safetensors"):
+        (tmp_path / name).rename(tmp_path / "my run" / name)
+    said = invoke("allocate", "my run/tiny.metrics.json", "--T", 9, "-o", "x.json").stderr
+    (command,) = [line.partition(": htsr ")[2] for line in said.splitlines() if ": htsr " in line]
+    assert invoke(*shlex.split(command)).rc == 0
+    better = "my run/tiny.kde-mean.metrics.json"
+    assert "htsr fit" not in invoke("allocate", better, "--T", 9).stderr
 
 
 def test_an_allocation_that_differs_is_kept(here, invoke, tmp_path):
