@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -44,13 +45,15 @@ from htsr_alloc.version import __version__
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
 
+ADAPTER = re.compile(r"(^|\.)lora_(A|B|moe_)")  # low-rank factors, of PEFT or of a mixture
+
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
     """Which matrices are analysed, and why the rest is not.
 
     Raises:
         HtsrError: weights that are quantised in an unknown format or one whose library is not
-            installed, or no matrix left.
+            installed, an adapter in place of a model, or no matrix left.
     """
     layer_map = map_layers(
         checkpoint.tensors,
@@ -65,6 +68,15 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
             f"{first} holds integers ({dtype}): {len(layer_map.quantised)} weights of "
             f"{checkpoint.name} are quantised in a format that is not read.",
             "Analyze the unquantised original, or leave these out with `exclude`.",
+        )
+    names = [matrix.name for matrix in layer_map.matrices]
+    names = names or [ref.name for ref in checkpoint.tensors]
+    adapted = next((name for name in names if ADAPTER.search(name)), None)
+    if adapted is not None:
+        raise HtsrError(
+            f"{checkpoint.name} is an adapter, not a model: it holds {adapted}.",
+            "Analyze the base model, or the model with the adapter merged into it; of a model that "
+            "holds both, `exclude` '*lora_*'.",
         )
     if not layer_map.matrices:
         raise HtsrError(

@@ -103,6 +103,8 @@ def allocate(
 ) -> None:
     """Turn scores into experts, or ranks, per layer and write MODEL.allocation.json.
 
+    Ranks go to MODEL.ranks.allocation.json.
+
     Examples:
         htsr allocate --T 160 --beta 2.5
         htsr allocate smollm2.metrics.json --params 10M --per-module --target q_proj -o -
@@ -162,13 +164,14 @@ def allocate(
             screen.warn(f"{metrics.name} is dated in the future: name the one you mean.")
     if metrics is not None:
         text = files.read_bytes(metrics)
-        loaded = records.loads(records.Metrics, text, metrics.name)
+        loaded = records.loads(records.Metrics, text, str(metrics))
         source = records.File(metrics.name, hashlib.sha256(text).hexdigest())
         stem = metrics.name.removesuffix(".json").removesuffix(".metrics")
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
-    path = output or Path(f"{stem}.allocation.json")
+    kind = ".ranks" if adapter_kind == "lora" else ""
+    path = output or Path(f"{stem}{kind}.allocation.json")
     files.refuse_overwriting(path, [read for read in (metrics, scores) if read is not None])
     result = allocation.allocate(loaded, request, source=source, tool=records.this_tool())
     report = None

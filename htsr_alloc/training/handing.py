@@ -82,7 +82,9 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise HtsrError(f"{folder} has no {CONFIG}.", "Give the folder of a saved adapter.")
+        model = (folder / "config.json").is_file()
+        what = "is a model, not an adapter: it has" if model else "has"
+        raise HtsrError(f"{folder} {what} no {CONFIG}.", "Give the folder of a saved adapter.")
     try:
         found = files.parse_json(files.read_bytes(path).decode("utf-8"))
         return dict(found)

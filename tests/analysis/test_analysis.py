@@ -257,6 +257,22 @@ def test_strict_exits_3_and_still_writes(tmp_path, invoke):
     assert invoke("analyze", "m.safetensors", "--strict", *selected).rc == 0
 
 
+@pytest.mark.parametrize("middle", ["lora_A.weight", "lora_B.weight", "lora_moe_A"])
+def test_an_adapter_is_refused_in_place_of_a_model(tmp_path, invoke, middle):
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.model.layers.{i}.mlp.up_proj.{middle}": randn(8, 64)
+               for i in range(2)}  # fmt: skip
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    done = invoke("analyze", "adapter")
+    assert (done.rc, done.stdout) == (1, "")
+    assert "adapter is an adapter, not a model: it holds " + next(iter(factors)) in done.stderr
+    assert not list(tmp_path.glob("adapter.*"))
+    save_file(llama(2) | factors, tmp_path / "both.safetensors")
+    assert invoke("analyze", "both.safetensors", "-q").rc == int("moe" not in middle)
+    assert invoke("analyze", "both.safetensors", "-q", "--force", "--exclude", "*lora_*").rc == 0
+
+
 def test_quantised_weights_are_refused_unless_they_are_excluded(tmp_path, invoke):
     tensors = llama(1) | {"model.layers.0.x.qweight": torch.zeros(8, 8, dtype=torch.int32)}
     save_file(tensors, tmp_path / "m.safetensors")

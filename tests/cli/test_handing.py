@@ -67,6 +67,12 @@ def test_a_trained_folder_has_the_tokenizer_and_a_filled_card(adapter, files):
     assert not [path for path in adapter.iterdir() if path.name.startswith(".")]
 
 
+def test_a_model_in_place_of_an_adapter_is_told(files, invoke):
+    done = invoke("generate", files / "model", "w20")
+    assert done.rc == 1
+    assert "model is a model, not an adapter: it has no adapter_config.json." in done.stderr
+
+
 def test_an_evaluation_is_written_into_the_card(adapter, files, invoke):
     import shutil
 
