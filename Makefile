@@ -37,8 +37,11 @@ demo: .venv/demo
 	echo "htsr analyze $$source" && ../../$(BIN)/htsr analyze "$$source" && \
 	echo "htsr allocate --T $(T) --beta $(BETA)" && ../../$(BIN)/htsr allocate --T $(T) --beta $(BETA) --force
 	@case "$(MODEL)" in smollm2) \
-	  echo "SmolLM2 comes from a 4-bit file: its smallest singular values are noise, its tails hold." ;; \
+	  echo "These weights come from a 4-bit file. Its rounding blurs their small singular values; the counts go by the large ones." ;; \
 	esac
+	@made="$$(ls -t build/demo/*.allocation.json | head -n 1)"; \
+	echo "The result is $$made, its metrics and spectra are beside it."; \
+	echo "Next: $(BIN)/htsr explain $$made --layer 0 shows why a layer has its count."
 
 test: .venv/test
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)

@@ -24,7 +24,8 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 
 from htsr_alloc.allocation import allocate
-from htsr_alloc.analysis.analyze import RunFiles, analyze
+from htsr_alloc.analysis.analyze import analyze
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.analysis.refit import refit
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint

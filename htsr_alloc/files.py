@@ -122,7 +122,9 @@ def sha256(path: Path) -> str:
 
 def cannot(verb: str, path: Path, error: OSError) -> HtsrError:
     """An operating-system error as a sentence."""
-    return HtsrError(f"Cannot {verb} {path}: {error.strerror or error}.")
+    absent = verb == "read" and isinstance(error, FileNotFoundError)
+    hint = "Check the name, and the folder that the command runs in." if absent else None
+    return HtsrError(f"Cannot {verb} {path}: {error.strerror or error}.", hint)
 
 
 def parse_json(text: str) -> Any:

@@ -51,6 +51,8 @@ def folder(tmp_path, monkeypatch, checkpoint) -> Path:
     )
     (tmp_path / "minilm").symlink_to(checkpoint("minilm"))
     (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "checkpoints").symlink_to(ROOT / ".cache" / "checkpoints")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(checkpoint("minilm"))
     (tmp_path / "bin").mkdir()

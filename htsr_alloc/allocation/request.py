@@ -92,8 +92,9 @@ class Request:
         by_params = self._by_params
         if self.targets and not self.pool and not by_params and not self._adapted_alone:
             raise HtsrError(
-                "`targets` says which linears `per_module` or a parameter budget is about.",
-                "A count for each layer holds for whatever is adapted: leave it out.",
+                "A count for each layer is for all linears of the layer, so that `targets` means "
+                "nothing.",
+                "Leave it out, or give `per_module`, or a budget in parameters.",
             )
         if self.repair != REMAINDER and by_params:
             raise HtsrError(f"`repair` {self.repair} repairs a sum of experts.", "Give `T`.")
@@ -283,11 +284,16 @@ def _budget(
     }
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise HtsrError(f"{' and '.join(names)} are all budgets.", "Give one of them.")
+        how = "both" if len(names) == 2 else "all"
+        raise HtsrError(f"{' and '.join(names)} are {how} budgets.", "Give one of them.")
     if r is not None:
         check_rank(r)
         if params is None and target_share is None:
-            raise HtsrError("`r` matters to `params` and `target_share` alone.", "Leave it out.")
+            plain = adapter_kind == "lora" and rank is None
+            raise HtsrError(
+                "`r` matters to `params` and `target_share` alone.",
+                f"For ranks of plain LoRA give `rank` {r}." if plain else "Leave it out.",
+            )
     chosen = budget if T is None else T
     if isinstance(chosen, int):
         chosen = Experts(chosen)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from htsr_alloc.analysis.decompose import Limits, decompose_all
 from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, with_noise
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.checkpoints import quantised
-from htsr_alloc.checkpoints.header import check_unicode
 from htsr_alloc.checkpoints.layers import LayerMap, MatrixRef, map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.checkpoints.reading import Checkpoint
@@ -35,7 +35,6 @@ from htsr_alloc.records import (
     dumps,
     this_tool,
 )
-from htsr_alloc.records.facts import check_bare_name
 from htsr_alloc.records.means import summarise
 from htsr_alloc.records.results import FARMS_SUFFIX
 from htsr_alloc.spectra import lapack
@@ -46,55 +45,7 @@ from htsr_alloc.version import __version__
 
 Progress = Callable[[Iterable[tuple[MatrixRef, bool]], LayerMap], Iterable]
 
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run writes: ``<stem>.metrics.json``, its spectra and its journal."""
-
-    metrics: Path
-
-    @property
-    def stem(self) -> str:
-        return self.metrics.name.removesuffix(".json").removesuffix(".metrics")
-
-    @property
-    def spectra(self) -> Path:
-        return self.metrics.with_name(f"{self.stem}.spectra.safetensors")
-
-    @property
-    def journal(self) -> Path:
-        return self.metrics.with_name(f"{self.stem}.journal")
-
-    def check(self, inputs: Iterable[Path]) -> None:
-        """Refuse names that fail only after the work, or that belong to something else.
-
-        Args:
-            inputs: the files that the run reads.
-
-        Raises:
-            HtsrError: a name that the metrics cannot hold or the file system does not take, a file
-                of ``inputs``, or spectra that a metrics file of a like name was written with.
-        """
-        inputs = tuple(inputs)
-        try:
-            check_bare_name(self.spectra.name, "the output's name")
-            check_unicode([self.spectra.name])
-        except ValueError as error:
-            raise HtsrError(f"{error}.", "Choose another `output`.") from None
-        for path in (self.metrics, self.spectra, self.journal):
-            files.refuse_overwriting(path, inputs)
-        for path in (self.metrics, self.spectra):
-            files.check_writable(path)
-        owned = json.dumps(self.spectra.name).encode()
-        for ending in ("", ".json", ".metrics", ".metrics.json"):
-            other = self.metrics.with_name(self.stem + ending)
-            if other.name == self.metrics.name or not other.is_file():
-                continue
-            if owned in files.read_bytes(other):
-                raise HtsrError(
-                    f"{self.spectra.name} belongs to {other.name} and would be overwritten.",
-                    f"Write to {other.name}, or choose another `output`.",
-                )
+ADAPTER = re.compile(r"(^|\.)lora_(A|B|moe_)")  # low-rank factors, of PEFT or of a mixture
 
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
@@ -102,7 +53,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
 
     Raises:
         HtsrError: weights that are quantised in an unknown format or one whose library is not
-            installed, or no matrix left.
+            installed, an adapter in place of a model, or no matrix left.
     """
     layer_map = map_layers(
         checkpoint.tensors,
@@ -118,6 +69,15 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> LayerMap:
             f"{first} holds integers ({dtype}): {len(layer_map.quantised)} weights of "
             f"{checkpoint.name} are quantised in a format that is not read.",
             "Analyze the unquantised original, or leave these out with `exclude`.",
+        )
+    names = [matrix.name for matrix in layer_map.matrices]
+    names = names or [ref.name for ref in checkpoint.tensors]
+    adapted = next((name for name in names if ADAPTER.search(name)), None)
+    if adapted is not None:
+        raise HtsrError(
+            f"{checkpoint.name} is an adapter, not a model: it holds {adapted}.",
+            "Analyze the base model, or the model with the adapter merged into it; of a model that "
+            "holds both, `exclude` '*lora_*'.",
         )
     if not layer_map.matrices:
         raise HtsrError(
@@ -135,6 +95,7 @@ def analyze(
     *,
     limits: Limits | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
     **chosen: Any,
 ) -> Metrics | None:
@@ -153,6 +114,7 @@ def analyze(
         output: where to write, as ``x.metrics.json``; None writes nothing.
         limits: workers and memory; default all cores and what they need.
         restart: ignore the journal of an earlier run.
+        force: replace a result of other settings or of another model.
         progress: wraps the stream of (matrix, was it resumed), one item a finished matrix.
 
     Returns:
@@ -160,7 +122,8 @@ def analyze(
 
     Raises:
         HtsrError: nothing to analyse, quantised weights, unreadable files, a journal of other
-            settings, too little memory allowed. A matrix without a spectrum is not an error: it
+            settings, an ``output`` that is there and is another result, too little memory allowed.
+            A matrix without a spectrum is not an error: it
             is recorded with its reason.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -177,6 +140,8 @@ def analyze(
     transfer(checkpoint, layer_map.matrices)  # offline, what the cache lacks is named
     if output is not None:
         output.check(checkpoint.paths)
+        if not force:
+            output.refuse_to_replace(checkpoint, settings, layer_map)
     identity = _identity(checkpoint, settings)
     with Processes.join() as processes, ExitStack() as stack:
         journal = None
@@ -214,6 +179,8 @@ def analyze(
         if processes.first:
             metrics = _assemble(checkpoint, layer_map, settings, entries)
             if output is not None:
+                if not force:
+                    output.refuse_other_weights(metrics)
                 metrics = _write(metrics, entries, output)
         processes.wait()  # until the results are safe, every journal stays
         if journal is not None:

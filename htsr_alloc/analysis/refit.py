@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from htsr_alloc import files
-from htsr_alloc.analysis.analyze import RunFiles
 from htsr_alloc.analysis.measure import refitted
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, dumps, loads, this_tool
 from htsr_alloc.records.results import open_spectra

@@ -268,4 +268,7 @@ def refuse_format(names: Sequence[str], where: Path | str) -> None:
                 f"{where} holds {label} weights and no safetensors.",
                 "Convert them to safetensors first.",
             )
-    raise HtsrError(f"{where} holds no safetensors file.")
+    raise HtsrError(
+        f"{where} holds no safetensors file.",
+        "Give a folder that holds some, or one .gguf file; sub-folders are not searched.",
+    )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from htsr_alloc.errors import HtsrError
 
+NO_ANSWER = {"ConnectError", "ConnectTimeout"}  # of whatever client
+
 
 @contextmanager
 def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
@@ -39,6 +41,11 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise HtsrError(f"A file of {repo_id}{at} is not there: {short(error)}.") from error
     except (network, errors.SafetensorsParsingError) as error:
+        if {kind.__name__ for kind in type(error).__mro__} & NO_ANSWER:
+            raise HtsrError(
+                f"The hub cannot be reached for {repo_id}{at}: {short(error)}.",
+                "Check the network, or give a file or folder on this machine.",
+            ) from error
         raise HtsrError(
             f"The hub's answer for {repo_id}{at} cannot be used: {short(error)}.",
             "Run the same command again: it resumes.",

@@ -104,12 +104,15 @@ def allocate(
 ) -> None:
     """Turn scores into experts, or ranks, per layer and write MODEL.allocation.json.
 
+    Ranks go to MODEL.ranks.allocation.json.
+
     Examples:
         htsr allocate --T 160 --beta 2.5
         htsr allocate smollm2.metrics.json --params 10M --per-module --target q_proj -o -
         htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
+    from htsr_alloc.records.keeping import refuse_to_replace
 
     to_stdout = output is not None and str(output) == "-"
     _refuse_idle(
@@ -163,13 +166,14 @@ def allocate(
             screen.warn(f"{metrics.name} is dated in the future: name the one you mean.")
     if metrics is not None:
         text = files.read_bytes(metrics)
-        loaded = records.loads(records.Metrics, text, metrics.name)
+        loaded = records.loads(records.Metrics, text, str(metrics))
         source = records.File(metrics.name, hashlib.sha256(text).hexdigest())
         stem = metrics.name.removesuffix(".json").removesuffix(".metrics")
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
-    path = output or Path(f"{stem}.allocation.json")
+    kind = ".ranks" if adapter_kind == "lora" else ""
+    path = output or Path(f"{stem}{kind}.allocation.json")
     files.refuse_overwriting(path, [read for read in (metrics, scores) if read is not None])
     result = allocation.allocate(loaded, request, source=source, tool=records.this_tool())
     report = None
@@ -184,30 +188,20 @@ def allocate(
     if to_stdout:
         screen.text(records.dumps(result))
         return
-    _refuse_to_replace(path, result, force)
+    if not force:
+        refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
-    screen.show(views.allocation(result, report))
+    screen.show(views.allocation(result, report, metrics))
     for said in allocation.known(result.strategy):
         screen.note(said)
     screen.note(f"wrote {path}")
 
 
-def _refuse_to_replace(path: Path, result: Allocation, force: bool) -> None:
-    """Keep another allocation; only dates and the hash of the metrics may differ."""
-    from htsr_alloc import files, records
-
-    if force or not path.is_file():
-        return
-    try:
-        there = records.loads(records.Allocation, files.read_bytes(path), path.name)
-    except HtsrError:  # whatever it is, it is not this allocation
-        there = None
+def _difference(there: Allocation, result: Allocation) -> str | None:
+    """Only dates and the hash of the metrics may differ."""
     origin = {"tool": None, "metrics": None}
-    if there is None or replace(there, **origin) != replace(result, **origin):
-        raise HtsrError(
-            f"{path} is there and differs from this allocation.",
-            "Give --force to replace it, or another file with -o.",
-        )
+    same = replace(there, **origin) == replace(result, **origin)
+    return None if same else "differs from this allocation"
 
 
 def _refuse_idle(idle: dict[str, bool]) -> None:

@@ -40,6 +40,7 @@ def analyze(
         str | None, "Upper bound on the memory of the whole process, as 8GB or 500MB."
     ] = None,
     restart: Annotated[bool, "Discard what an interrupted run has finished."] = False,
+    force: Annotated[bool, "Replace a result of other settings or of another model."] = False,
     strict: Strict = False,
     dry_run: Annotated[bool, "Only list what would be analysed, as htsr inspect does."] = False,
     *,
@@ -62,6 +63,7 @@ def analyze(
     from htsr_alloc import files, records
     from htsr_alloc.analysis import analyze as analysis
     from htsr_alloc.analysis.decompose import Limits
+    from htsr_alloc.analysis.outputs import RunFiles
     from htsr_alloc.spectra.devices import choose_device
 
     limits = Limits(workers, parse_size(max_memory) if max_memory else None)
@@ -81,14 +83,20 @@ def analyze(
     run_files = None
     if not to_stdout and not to_device:
         name = checkpoint.name.rpartition("/")[2]
-        run_files = analysis.RunFiles(output or Path(f"{name}.metrics.json"))
+        run_files = RunFiles(output or Path(f"{name}.metrics.json"))
 
     def progress(stream: Iterable, layer_map: LayerMap) -> Iterator:
         say_transfer(screen, checkpoint, layer_map)  # now that the weights are not refused
         return screen.progress(stream, layer_map)
 
     metrics = analysis.analyze(
-        checkpoint, settings, run_files, limits=limits, restart=restart, progress=progress
+        checkpoint,
+        settings,
+        run_files,
+        limits=limits,
+        restart=restart,
+        force=force,
+        progress=progress,
     )
     if metrics is None:  # not the first rank
         return

@@ -30,12 +30,12 @@ def fit(
         htsr fit smollm2.metrics.json --estimator median
         htsr fit smollm2.metrics.json --estimator official --bins 50 -o bins50.metrics.json
     """
-    from htsr_alloc.analysis import analyze as analysis
     from htsr_alloc.analysis import refit
+    from htsr_alloc.analysis.outputs import RunFiles
 
-    old = analysis.RunFiles(metrics)
+    old = RunFiles(metrics)
     path = output or metrics.with_name(f"{old.stem}.{estimator}.metrics.json")
-    fitted = refit.refit(metrics, analysis.RunFiles(path), estimator, bins)
+    fitted = refit.refit(metrics, RunFiles(path), estimator, bins)
     screen.show(views.metrics(fitted))
     screen.note(f"wrote {path}")
     warn_unfitted(screen, fitted, strict)

@@ -42,6 +42,27 @@ def _path(text: str | Path) -> Path:
     return Path(text)
 
 
+def _whole(text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"it must be a whole number, not {text!r}.") from None
+
+
+def _number(text: str | float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"it must be a number, not {text!r}.") from None
+
+
+PARSERS: dict[Any, dict[str, Any]] = {  # of what typer would say in words of its own
+    Path: {"parser": _path, "metavar": "<path>"},
+    int: {"parser": _whole, "metavar": "<int>"},
+    float: {"parser": _number, "metavar": "<float>"},
+}
+
+
 OutFile = Annotated[Optional[Path], "File to write; - is stdout."]
 Source = Annotated[
     str,
@@ -148,13 +169,27 @@ def _typed(own: inspect.Parameter, choice: Choice | None) -> Any:
     if choice is not None:
         text = f"{text} Choose from {choice.mark}."
         more = {"autocompletion": choice.complete}
-    elif kind in (Path, Optional[Path]):
-        more = {"parser": _path, "metavar": "<path>"}
+    else:
+        plain = next((x for x in PARSERS if kind in (x, Optional[x])), None)
+        more = PARSERS.get(plain, {})
     return Annotated[kind, typer.Option(*flags(own.name), help=text, **more)]
 
 
 class Command(TyperCommand):
     """A command whose help has the names of the registries, and its examples last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """An unknown option's nearest is the one that is written alike: --T for --t."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as caught:
+            error: Any = caught  # typer's click does not export its kind
+            wrong = str(getattr(error, "option_name", ""))
+            known = [name for own in self.params for name in own.opts]
+            alike = [name for name in known if wrong and name.lower() == wrong.lower()]
+            if alike and hasattr(error, "possibilities"):
+                error.possibilities = alike
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         for own in self.params:

@@ -114,10 +114,13 @@ def train(
     done = fine_tune(asked, resume=resume, progress=screen.watched, note=screen.note)
     if not is_first():
         return
+    steps = f"step {done.steps}"
+    if done.loss_from < done.steps:
+        steps = f"steps {done.loss_from} to {done.steps}"
     facts = [
         f"Trained on {done.rows} rows of {Path(data).name}, {done.steps} steps, learning rate "
         f"{recipe.learning_rate:g}, seed {recipe.seed}",
-        f"Last loss: {done.loss:.4g}; trainable parameters: {done.trainable:,}",
+        f"Loss: {done.loss:.4g}, mean of {steps}; trainable parameters: {done.trainable:,}",
     ]
     if validation is not None:
         loss = "" if done.validation_loss is None else f", last loss {done.validation_loss:.4g}"
@@ -126,5 +129,6 @@ def train(
         labels = classes_of(output) or ()
         hand_on(screen, output, base, facts, loaded, push, hub.token, labels)
     screen.show(views.trained(done))
+    screen.note(f"loss: the mean of {steps}")
     what = "model" if adapter.whole else "adapter"
     screen.note(f"wrote {output}: the {what}, {PICTURE} and log.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 APART = ("name", "farms", "scores", "signal")  # of a strategy's record, said in other words
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from htsr_alloc.allocation.sensitivity import Sensitivity
     from htsr_alloc.lora_moe.build import LayerReport
     from htsr_alloc.lora_moe.collapse import Collapsed
     from htsr_alloc.lora_moe.linears import LeftAlone
     from htsr_alloc.records import Allocation, Metrics, Signal, StrategyRecord
-    from htsr_alloc.reports.explain import LayerParts
     from htsr_alloc.training.evaluate import Score
     from htsr_alloc.training.run import Trained
 
@@ -34,7 +36,7 @@ def metrics(found: Metrics) -> View:
         fits = f"{layer.matrices - layer.unfitted}/{layer.matrices}"
         rows.append([
             layer.layer, short(layer.prefix), fits if layer.unfitted else layer.matrices,
-            _plus(layer.pl_alpha_hill, row.se), _to(ks),
+            plus(layer.pl_alpha_hill, row.se), _to(ks),
             layer.alpha_hat, layer.stable_rank, layer.reason or "",
         ])  # fmt: skip
         errors, reasons = errors or row.se is not None, reasons or layer.reason is not None
@@ -76,35 +78,20 @@ def _doubtful(found: Metrics) -> list[str]:
     ]
 
 
-def explanation(found: Sequence[LayerParts], estimator: str, layer: int | None) -> View:
-    """One layer's matrices, or each layer with the one that adds most; 80 columns."""
-    rows, notes = [], [f"estimator: {estimator}"]
-    for row in found:
-        for part in row.parts[: 1 if layer is None else None]:
-            own = [part.role[:20], _plus(part.alpha, part.se), part.k, f"{part.share:.0%}"]
-            cells = [*own, part.without, ", ".join(part.reasons)]
-            score = [_plus(row.score, row.se)] if layer is None else []
-            rows.append([row.layer, *score, *cells])
-        if layer is not None:
-            notes.append(f"{row.prefix}: the mean is {_plus(row.score, row.se)}")
-    first = ["layer", "mean"] if layer is None else ["layer"]
-    columns = [*first, "role", "alpha ± se", "k", "share", "without", "note"]
-    notes.append(
-        "without: the layer's mean without that matrix; start: the choice of the tail's start "
-        f"decides its alpha; short: k < {SHORT}"
-    )
-    table = Table(columns, rows, left=["role", "note"])
-    return View({"estimator": estimator, "layers": [asdict(x) for x in found]}, [table], notes)
-
-
-def _plus(value: float | None, se: float | None) -> str:
+def plus(value: float | None, se: float | None) -> str:
+    """A number with its standard error."""
     if value is None:
         return "-"
     return f"{value:.2f}" + (f" ± {se:.2f}" if se is not None else "")
 
 
-def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
-    """One row a layer with a bar, or one row a linear; then how stable the counts are."""
+def allocation(
+    result: Allocation, found: Sensitivity | None = None, metrics: Path | None = None
+) -> View:
+    """One row a layer with a bar, or one row a linear; then how stable the counts are.
+
+    ``metrics`` is the file that it was made from, for a hint.
+    """
     data = as_json(result)
     units = result.modules or result.evidence
     largest = max(unit.experts for unit in units)
@@ -143,7 +130,7 @@ def allocation(result: Allocation, found: Sensitivity | None = None) -> View:
         line = f"{strategy.name}: {what} = {result.budget} over {len(result.experts)} layers"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
         notes += _signal(strategy.signal)
-        notes += _recommended(strategy)
+        notes += _recommended(strategy, metrics)
     if result.parameters is not None:
         money = result.parameters
         notes.append(
@@ -166,13 +153,13 @@ def _signal(signal: Signal | None) -> list[str]:
     return said + ([signal.uniform] if signal.uniform else [])
 
 
-def _recommended(strategy: StrategyRecord) -> list[str]:
+def _recommended(strategy: StrategyRecord, metrics: Path | None) -> list[str]:
     """Which estimator a decision should use, where this one only reproduces a paper."""
-    if strategy.estimator not in NOISY:
+    if strategy.estimator not in NOISY or metrics is None:
         return []
     return [
         f"{strategy.estimator} reproduces a paper. For a decision use the smoother "
-        f"{FOR_DECISIONS}: htsr fit METRICS --estimator {FOR_DECISIONS}"
+        f"{FOR_DECISIONS}: htsr fit {shlex.quote(str(metrics))} --estimator {FOR_DECISIONS}"
     ]
 
 

@@ -55,6 +55,23 @@ def explain(metrics: Metrics, layer: int | None = None) -> tuple[LayerParts, ...
     )
 
 
+def layer_number(metrics: Metrics, text: str) -> int:
+    """A layer by its number, or by its name as ``model.layers.10``.
+
+    Raises:
+        HtsrError: there is none.
+    """
+    names = [layer.prefix for layer in metrics.layers]
+    if text in names:
+        return names.index(text)
+    if text.isascii() and text.isdecimal() and int(text) < len(names):
+        return int(text)
+    raise HtsrError(
+        f"There is no layer {text}.",
+        f"Layers are 0 to {len(names) - 1}; {names[0]} is a name of the first." if names else None,
+    )
+
+
 def _layer(number: int, prefix: str, matrices: Sequence[Matrix]) -> LayerParts:
     fitted = [(m, m.pl_alpha_hill) for m in matrices if m.pl_alpha_hill is not None]
     if not fitted:

@@ -13,6 +13,7 @@ from torch import Tensor
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import after_prompt
 from htsr_alloc.lora_moe.routing import evaluating
+from htsr_alloc.training.models import cache_name
 from htsr_alloc.training.rows import Row
 from htsr_alloc.training.tokens import answer, continuation, pad_id, question
 from htsr_alloc.training.wilson import wilson
@@ -159,7 +160,8 @@ def _choose(
         # As a tensor: a slice would be no longer contiguous, and the head's weight copied B times.
         logits_to_keep=torch.tensor([ids.shape[1] - 1], device=device),
     )
-    cache, first = out.past_key_values, out.logits[:, -1:].float()  # (B, 1, V)
+    name = cache_name(model)
+    cache, first = getattr(out, name), out.logits[:, -1:].float()  # (B, 1, V)
     made: list[list[Choice]] = [[] for _ in rows]
     for j in range(max(map(len, choices))):
         texts = [own[min(j, len(own) - 1)] for own in choices]
@@ -178,8 +180,8 @@ def _choose(
                     input_ids=tokens[:, :-1],
                     attention_mask=torch.cat([mask, kept[:, :-1]], -1),
                     position_ids=positions[:, -1:] + 1 + torch.arange(longest - 1, device=device),
-                    past_key_values=cache,
                     use_cache=True,
+                    **{name: cache},
                 )
             cache.crop(1 - longest)
             logits = torch.cat([first, after.logits.float()], 1)  # (B, C, V)

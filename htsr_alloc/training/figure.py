@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from htsr_alloc.lora_moe import RouterReport, routing_report
 from htsr_alloc.lora_moe.routing import draw_load
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROWS, BATCH = 64, 8  # examples that the load is taken from
+MOST_TICKS = 16
 
 
 def plot_run(
@@ -52,16 +55,31 @@ def _drawn(log: Sequence[Mapping[str, Any]], loads: list[RouterReport]) -> Figur
             panels[0].plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     panels[0].set_xlabel("step")
     panels[0].set_ylabel("loss")
-    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    lines = list(panels[0].lines)
     balance = [(row["step"], row["router_aux_loss"]) for row in log if "router_aux_loss" in row]
     if balance:
         twin = panels[0].twinx()
-        twin.plot(*zip(*balance, strict=True), color="0.6", linewidth=0.8)
-        twin.set_ylabel("router_aux_loss (grey)")
+        steps, values = zip(*balance, strict=True)
+        lines += twin.plot(
+            steps, values, color="0.6", linewidth=0.8, label="router_aux_loss (right)"
+        )
+    panels[0].legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     if loads:
         draw_load(panels[1], loads)
-        panels[1].set_ylabel(f"{len(loads)} routers, first to last")
+        _mark_layers(panels[1], [report.name for report in loads])
     return figure
+
+
+def _mark_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Tick the first router of each layer, or of every second or third: as many as there is room
+    for."""
+    numbers = [
+        found[0] if (found := re.findall(r"(?<=\.)\d+(?=\.|$)", name)) else "" for name in names
+    ]
+    first = [i for i, own in enumerate(numbers) if own and own not in numbers[:i]]
+    chosen = first[:: 1 + len(first) // MOST_TICKS]
+    axes.set_yticks(chosen, [numbers[i] for i in chosen])
+    axes.set_ylabel(f"layer ({len(names)} routers)")
 
 
 def _loads(

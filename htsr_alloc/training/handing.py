@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +23,22 @@ CONFIG = "adapter_config.json"
 CARD = "README.md"
 LOAD = """```python
 {first}from peft import AutoPeftModelForCausalLM
+from transformers import {reader}
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER_OR_HUB_ID")
+{made} = {reader}.from_pretrained("FOLDER_OR_HUB_ID")
 ```
 """
 LOAD_CLASSIFIER = """```python
 {first}from peft import PeftModel
-from transformers import {auto}
+from transformers import {auto}, {reader}
 
 model = {auto}.from_pretrained("{base}", num_labels={count}, ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, "FOLDER_OR_HUB_ID")
+{made} = {reader}.from_pretrained("FOLDER_OR_HUB_ID")
 ```
 """
+TOKENIZER = ("tokenizer", "AutoTokenizer")
 USE = "\n## Use\n"
 RESULTS = (
     "## Evaluation",
@@ -41,9 +46,13 @@ RESULTS = (
     "| data | rows | accuracy | 95 % interval |",
     "|---|---|---|---|",
 )
-CLASSIFIERS = {  # PEFT's task_type -> the hub's name of the task, the transformers class
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    None: ("image-classification", "AutoModelForImageClassification"),
+CLASSIFIERS = {  # PEFT's task_type -> the hub's name of the task, the transformers class, a reader
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification", TOKENIZER),
+    None: (
+        "image-classification",
+        "AutoModelForImageClassification",
+        ("processor", "AutoImageProcessor"),
+    ),
 }
 
 
@@ -82,7 +91,9 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise HtsrError(f"{folder} has no {CONFIG}.", "Give the folder of a saved adapter.")
+        model = (folder / "config.json").is_file()
+        what = "is a model, not an adapter: it has" if model else "has"
+        raise HtsrError(f"{folder} {what} no {CONFIG}.", "Give the folder of a saved adapter.")
     try:
         found = files.parse_json(files.read_bytes(path).decode("utf-8"))
         return dict(found)
@@ -129,7 +140,9 @@ def card(
     """A model card in the hub's format."""
     mixture = config.get("peft_type") == "LORA_MOE"
     kind = f"LoRA mixture ({config.get('system')})" if mixture else "LoRA"
-    tag, auto = CLASSIFIERS[config.get("task_type")] if labels else ("text-generation", "")
+    tag, auto, (made, reader) = (
+        CLASSIFIERS[config.get("task_type")] if labels else ("text-generation", "", TOKENIZER)
+    )
     head = ["library_name: peft", f"pipeline_tag: {tag}"]
     if base.on_hub:
         head.insert(0, f"base_model: {base.name}")
@@ -144,11 +157,11 @@ def card(
     text += [USE]
     if mixture:
         text += [
-            "PEFT does not know this kind of adapter by itself. Install the package that does, and "
-            "import it first:",
+            "PEFT does not know this kind of adapter by itself. Install the package that does, "
+            "htsr_alloc, and import it first:",
             "",
             "```",
-            "pip install 'htsr-alloc[train]'",
+            install(),
             "```",
             "",
         ]
@@ -156,10 +169,30 @@ def card(
     load = LOAD_CLASSIFIER if labels else LOAD
     text.append(
         load.format(
-            first=first, auto=auto, base=base.name if base.on_hub else name, count=len(labels)
+            first=first,
+            auto=auto,
+            base=base.name if base.on_hub else name,
+            count=len(labels),
+            made=made,
+            reader=reader,
         )
     )
     return "\n".join(text)
+
+
+def install() -> str:
+    """The command that installs this package with what training needs.
+
+    The address is the package's own ``Repository``, where it has one; the package is on no index.
+    """
+    try:
+        urls = metadata("htsr-alloc").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    found = dict(url.split(", ", 1) for url in urls).get("Repository")
+    if found is None:
+        return "pip install '.[train]'    # in the folder of its source: it is not on PyPI yet"
+    return f"pip install 'htsr-alloc[train] @ git+{found}'"
 
 
 def _allocation(allocation: Allocation) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,16 @@ def _has_bfloat16(device: torch.device) -> bool:
 def trainable(model: Any) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls its keys and values, as an argument and in its output.
+
+    transformers calls them ``cache`` from 5.24 on, and warns of the name of before.
+    """
+    own = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(own.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def silence() -> None:

@@ -78,6 +78,15 @@ class BilevelTrainer(BilevelMixin, RecipeTrainer):
     """EM-LoRA's: its activations learn from validation rows."""
 
 
+class LastStep(TrainerCallback):
+    """Logs the last step too, wherever the steps between two lines of the log end."""
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """Ask for a line."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class LogFile(TrainerCallback):
     """The trainer's log as JSON lines, of a resumed run from its beginning."""
 
@@ -168,7 +177,7 @@ def make_trainer(
         train_dataset=list(train),
         eval_dataset=list(validation) or None,
         data_collator=collate,
-        callbacks=[RouterLossCallback(), LogFile(folder / LOG), *callbacks],
+        callbacks=[RouterLossCallback(), LastStep(), LogFile(folder / LOG), *callbacks],
         **extra,
     )
     if not items:  # the heads take the number, as the signature says, and do not use it

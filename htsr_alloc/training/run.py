@@ -72,7 +72,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it; ``loss`` and ``validation_loss`` are the last ones logged."""
+    """What came of it; ``loss`` and ``validation_loss`` are the last ones logged.
+
+    The log's losses are means over the steps since the line before; ``loss`` is of the steps from
+    ``loss_from`` to the last.
+    """
 
     rows: int
     steps: int
@@ -84,6 +88,7 @@ class Trained:
     resumed_at: int
     validation_rows: int = 0
     validation_loss: float | None = None
+    loss_from: int = 1
 
 
 def train(
@@ -172,6 +177,7 @@ def train(
         resumed_at=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
         validation_rows=len(encoded["validation"]),
         validation_loss=next(reversed(losses["eval_loss"]), None),
+        loss_from=1 + ([0] + [row["step"] for row in history if "loss" in row])[-2],
     )
 
 

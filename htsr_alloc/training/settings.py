@@ -32,7 +32,7 @@ class Recipe:
     gradient_checkpointing: Annotated[
         bool, "Recompute activations in the backward pass: less memory, more time."
     ] = False
-    log_every: Annotated[int, "Steps between lines of the log."] = 10
+    log_every: Annotated[int, "Steps between lines of the log; the last step has one too."] = 10
     save_every: Annotated[int, "Steps between checkpoints; 0 saves none."] = 100
 
     def __post_init__(self) -> None:

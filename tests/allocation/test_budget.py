@@ -242,14 +242,14 @@ def test_what_the_budget_buys_is_what_build_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"params": 10, "T": 3}, "T and params are all budgets"),
-        ({"T": 3, "budget": 3}, "T and budget are all budgets"),
+        ({"params": 10, "T": 3}, "T and params are both budgets"),
+        ({"T": 3, "budget": 3}, "T and budget are both budgets"),
         ({"params": 10}, "10 parameters cannot give every count at least 1, which takes 3,072"),
         ({"params": 10**9, "bounds": Bounds(1, 2)}, "more than 2 experts everywhere"),
-        ({"params": 9999, "target_share": 0.5}, "params and target_share are all budgets"),
+        ({"params": 9999, "target_share": 0.5}, "params and target_share are both budgets"),
         ({"params": 9999, "r": 0}, "^r must be at least 1"),
         ({"params": 9999, "repair": "official"}, "repairs a sum of experts"),
-        ({"T": 9, "targets": ["q_proj"]}, "which linears"),
+        ({"T": 9, "targets": ["q_proj"]}, "means nothing"),
         ({"T": 9, "per_module": True, "pool": "some"}, "no pool 'some'"),
         ({"T": 9, "per_module": True, "strategy": "uniform"}, "uses no score"),
         ({"params": 9999, "strategy": "explicit", "experts": (1, 1, 1)}, "are given"),

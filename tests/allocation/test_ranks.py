@@ -126,7 +126,7 @@ def test_a_mixture_is_refused_and_plain_lora_is_trained(metrics):
     [
         ({"adapter_kind": "lora"}, "budget of adapter_kind lora is rank"),
         ({"adapter_kind": "lora", "T": 9}, "budget of adapter_kind lora is rank"),
-        ({"rank": 4, "T": 9, "adapter_kind": "lora"}, "are all budgets"),
+        ({"rank": 4, "T": 9, "adapter_kind": "lora"}, "are both budgets"),
         ({"rank": 4}, "budget of adapter_kind lora-moe is T"),
         ({"rank": 0, "adapter_kind": "lora"}, "rank must be at least 1"),
         ({"rank": 4, "adapter_kind": "lora", "top_k": 1}, "top_k means nothing"),

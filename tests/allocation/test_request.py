@@ -83,7 +83,7 @@ def test_a_request_is_allocated_as_its_keywords_are():
         (lambda: Request(Uniform(), pool="role"), "uses no score, so that per_module"),
         (lambda: Request(Uniform(), repair="official"), "uses no score, so that repair"),
         (lambda: Request(budget=Params(9), repair="official"), "repairs a sum of experts"),
-        (lambda: Request(targets=("q_proj",), budget=Experts(9)), "targets says which linears"),
+        (lambda: Request(targets=("q_proj",), budget=Experts(9)), "targets means nothing"),
         (lambda: Request(top_k=0), "^top_k must be at least 1, not 0"),
         (lambda: AlphaLora(beta=2.5, spread=3), "both cannot be given"),
         (lambda: Share(1.5), "at most 1, not 1.5"),
@@ -184,7 +184,7 @@ def test_an_error_names_the_argument_or_its_option(invoke):
         (("--T", 9, "--top-k", 0), "error: --top-k must be at least 1, not 0.\n"),
         (("--T", 2), "hint: Use --T 6 or more, or --min 0.\n"),
         (("--T", 9, "--min", 3, "--max", 2), "error: There is no count within --min 3 and --max 2"),
-        (("--T", 9, "--target", "query"), "error: --target says which linears --per-module or"),
+        (("--T", 9, "--target", "query"), "so that --target means nothing"),
         (("--params", 9, "--r", 0), "error: --r must be at least 1, not 0.\n"),
     ):
         done = invoke("allocate", metrics, *arguments)

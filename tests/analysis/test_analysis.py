@@ -25,8 +25,9 @@ from helpers.commands import (
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from htsr_alloc.analysis.analyze import RunFiles, analyze, plan
+from htsr_alloc.analysis.analyze import analyze, plan
 from htsr_alloc.analysis.journal import read_journal
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.analysis.refit import refit
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError
@@ -252,7 +253,24 @@ def test_strict_exits_3_and_still_writes(tmp_path, invoke):
     assert done.rc == 3
     assert "h.0.b.weight has no fit: all weights are zero" in done.stderr
     assert read_metrics(tmp_path / "m.metrics.json").layers[0].unfitted == 1
-    assert invoke("analyze", "m.safetensors", "--strict", "--exclude", "*b.weight").rc == 0
+    selected = ["--exclude", "*b.weight", "-o", "x.json"]
+    assert invoke("analyze", "m.safetensors", "--strict", *selected).rc == 0
+
+
+@pytest.mark.parametrize("middle", ["lora_A.weight", "lora_B.weight", "lora_moe_A"])
+def test_an_adapter_is_refused_in_place_of_a_model(tmp_path, invoke, middle):
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.model.layers.{i}.mlp.up_proj.{middle}": randn(8, 64)
+               for i in range(2)}  # fmt: skip
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    done = invoke("analyze", "adapter")
+    assert (done.rc, done.stdout) == (1, "")
+    assert "adapter is an adapter, not a model: it holds " + next(iter(factors)) in done.stderr
+    assert not list(tmp_path.glob("adapter.*"))
+    save_file(llama(2) | factors, tmp_path / "both.safetensors")
+    assert invoke("analyze", "both.safetensors", "-q").rc == int("moe" not in middle)
+    assert invoke("analyze", "both.safetensors", "-q", "--force", "--exclude", "*lora_*").rc == 0
 
 
 def test_quantised_weights_are_refused_unless_they_are_excluded(tmp_path, invoke):
@@ -783,7 +801,7 @@ def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(model, tmp_path
     path = tmp_path / "tiny.metrics.json"
     path.write_text("old")
     with open(path) as reader:
-        assert invoke("analyze", model, "-q").rc == 0
+        assert invoke("analyze", model, "-q", "--force").rc == 0
         assert reader.read() == "old"
     assert len(read_metrics(path).matrices) == 14
 
@@ -817,14 +835,14 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
     disk, enlarge = small_disk
     old = disk / "m.metrics.json"
     old.write_text("old")
-    done = invoke("analyze", model, "-q", "-o", old)
+    done = invoke("analyze", model, "-q", "--force", "-o", old)
     assert done.rc == 1
     assert "No space left on device" in done.stderr
     assert old.read_text() == "old"
     kept = lines_of(disk / "m.journal")
     assert 2 <= kept < 15
     assert enlarge()
-    assert invoke("analyze", model, "-q", "-o", old).rc == 0
+    assert invoke("analyze", model, "-q", "--force", "-o", old).rc == 0
     assert len(read_metrics(old).matrices) == 14
     assert sorted(p.name for p in disk.iterdir()) == ["m.metrics.json", "m.spectra.safetensors"]
 
@@ -834,7 +852,7 @@ def test_a_file_size_limit_is_a_sentence_too(model, run, tmp_path):
 
     (tmp_path / "tiny.metrics.json").write_text("old")
     done = run(
-        *("analyze", model, "-q"),
+        *("analyze", model, "-q", "--force"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
     )
     assert done.rc == 1

@@ -10,7 +10,8 @@ import torch
 from helpers import naive
 from safetensors.numpy import load_file
 
-from htsr_alloc.analysis.analyze import RunFiles, analyze
+from htsr_alloc.analysis.analyze import analyze
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.analysis.refit import refit
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.records import Metrics, Settings, loads

@@ -252,7 +252,9 @@ def test_failures_are_one_sentence(fresh, tmp_path, args, said):
 
 
 def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
-    assert "org/tiny" in sentence(client(NOWHERE, tmp_path, "inspect", "org/tiny"))
+    done = client(NOWHERE, tmp_path, "inspect", "org/tiny")
+    assert "The hub cannot be reached for org/tiny: " in sentence(done)
+    assert "Check the network, or give a file or folder on this machine." in done.stderr
 
 
 @pytest.fixture

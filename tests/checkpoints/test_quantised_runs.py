@@ -13,8 +13,9 @@ from helpers.commands import environment
 from helpers.packed import MODULE, NAME, awq, gptq, randn, under
 from safetensors.torch import save_file
 
-from htsr_alloc.analysis.analyze import RunFiles, analyze, plan
+from htsr_alloc.analysis.analyze import analyze, plan
 from htsr_alloc.analysis.cost import peak_bytes
+from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.checkpoints import quantised
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint

@@ -33,7 +33,7 @@ def hub(tiny_hub):
 def local(tiny_hub, tmp_path_factory):
     """The folder with the files' own analysis."""
     from htsr_alloc import Settings, analyze, open_checkpoint
-    from htsr_alloc.analysis.analyze import RunFiles
+    from htsr_alloc.analysis.outputs import RunFiles
 
     folder = tmp_path_factory.mktemp("local")
     analyze(open_checkpoint(tiny_hub.folder), Settings("official"), RunFiles(folder / "tiny.json"))

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,8 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 @pytest.fixture(scope="session")
 def metrics_file(tmp_path_factory):
     """Metrics and spectra of a tiny model, made once."""
-    from htsr_alloc.analysis.analyze import RunFiles, analyze
+    from htsr_alloc.analysis.analyze import analyze
+    from htsr_alloc.analysis.outputs import RunFiles
     from htsr_alloc.checkpoints.open import open_checkpoint
     from htsr_alloc.records import Settings
 
@@ -93,6 +95,53 @@ def test_the_newest_metrics_is_taken_and_named(here, invoke):
     assert here.with_name("other.allocation.json").exists()
 
 
+def test_ranks_and_experts_of_one_model_have_names_of_their_own(here, invoke, tmp_path):
+    assert invoke("allocate", here.name, "--T", 9, "-q").rc == 0
+    assert invoke("allocate", here.name, "--for", "lora", "--rank", 4, "-q").rc == 0
+    assert not read(tmp_path / "tiny.allocation.json").holds_ranks
+    assert read(tmp_path / "tiny.ranks.allocation.json").holds_ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--t", 160], "No such option: --t (Possible options: --T)"),
+        (["--T", 9, "--bta", 2], "--beta"),
+        (["--T", 9, "--beta", "banana"], "'--beta': it must be a number, not 'banana'."),
+        (["--T", 9, "--top-k", "2x"], "'--top-k': it must be a whole number, not '2x'."),
+    ],
+)
+def test_a_slip_of_the_pen_is_told_plainly(here, invoke, arguments, said):
+    done = invoke("allocate", here.name, *arguments)
+    assert (done.rc, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+LORA = ["--for", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny.metrics.json", *LORA, "--r", 16], "For ranks of plain LoRA give --rank 16."),
+        (["tiny.metrics.json", *LORA, "--rank", 4, "--T", 3], "--T and --rank are both budgets."),
+        (["absent.json", "--T", 3], "hint: Check the name, and the folder"),
+        (["sub/config.json", "--T", 3], "error: sub/config.json is not a valid htsr.metrics file"),
+    ],
+)
+def test_a_refusal_says_where_and_what_would_do(here, invoke, tmp_path, arguments, said):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "config.json").write_text("{}")
+    done = invoke("allocate", *arguments)
+    assert (done.rc, done.stdout) == (1, "")
+    assert said in done.stderr
+
+
+def test_an_empty_folder_may_have_gguf_too(invoke, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "or one .gguf file" in invoke("analyze", "empty").stderr
+
+
 def test_no_metrics_here_says_what_to_do(invoke):
     done = invoke("allocate", "--T", 8)
     assert done.rc == 1
@@ -126,7 +175,7 @@ def test_output_dash_is_the_file_on_stdout(here, model, invoke, tmp_path):
 def test_json_is_the_only_thing_on_stdout(here, model, invoke, command):
     arguments = {
         "inspect": [model],
-        "analyze": [model],
+        "analyze": [model, "-o", "new.metrics.json"],
         "fit": [here, "--estimator", "median"],
         "allocate": ["--T", 8],
     }[command]
@@ -571,6 +620,17 @@ def test_a_download_is_announced_after_the_weights_are_accepted(tmp_path, quanti
 
 
 # --- nothing is lost, and nothing is promised ------------------------------------------------
+
+
+def test_the_hint_about_the_estimator_can_be_copied(here, invoke, tmp_path):
+    (tmp_path / "my run").mkdir()
+    for name in (here.name, "tiny.spectra.safetensors"):
+        (tmp_path / name).rename(tmp_path / "my run" / name)
+    said = invoke("allocate", "my run/tiny.metrics.json", "--T", 9, "-o", "x.json").stderr
+    (command,) = [line.partition(": htsr ")[2] for line in said.splitlines() if ": htsr " in line]
+    assert invoke(*shlex.split(command)).rc == 0
+    better = "my run/tiny.kde-mean.metrics.json"
+    assert "htsr fit" not in invoke("allocate", better, "--T", 9).stderr
 
 
 def test_an_allocation_that_differs_is_kept(here, invoke, tmp_path):

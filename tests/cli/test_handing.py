@@ -60,11 +60,43 @@ def test_a_trained_folder_has_the_tokenizer_and_a_filled_card(adapter, files):
     card = (adapter / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
     for said in ("LoRA mixture (alphalora) adapter of model", "32 rows of train.jsonl, 6 steps",
-                 "Last loss: ", "from the first: 3, 2", "pip install 'htsr-alloc[train]'",
-                 "import htsr_alloc.lora_moe"):  # fmt: skip
+                 ", mean of steps 2 to 6", "from the first: 3, 2",
+                 "pip install '.[train]'", "import htsr_alloc.lora_moe"):  # fmt: skip
         assert said in card
+    code, found = card.split("```python\n")[1].split("```")[0], {}
+    assert code.count("FOLDER_OR_HUB_ID") == 2
+    exec(code.replace("FOLDER_OR_HUB_ID", str(adapter)), found)
+    assert found["tokenizer"].chat_template == training_tiny.CHAT
     assert str(files) not in card
     assert not [path for path in adapter.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("urls", "command"),
+    [
+        (None, "pip install '.[train]'    # in the folder of its source: it is not on PyPI yet"),
+        (
+            ["Changes, https://x.org/c", "Repository, https://x.org/r"],
+            "pip install 'htsr-alloc[train] @ git+https://x.org/r'",
+        ),
+    ],
+)
+def test_the_card_installs_from_where_the_package_is(monkeypatch, urls, command):
+    from email.message import Message
+
+    from htsr_alloc.training import handing
+
+    told = Message()
+    for url in urls or ():
+        told["Project-URL"] = url
+    monkeypatch.setattr(handing, "metadata", lambda name: told)
+    assert handing.install() == command
+
+
+def test_a_model_in_place_of_an_adapter_is_told(files, invoke):
+    done = invoke("generate", files / "model", "w20")
+    assert done.rc == 1
+    assert "model is a model, not an adapter: it has no adapter_config.json." in done.stderr
 
 
 def test_an_evaluation_is_written_into_the_card(adapter, files, invoke):

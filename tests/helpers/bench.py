@@ -81,7 +81,7 @@ class Bench:
     def finish(self, out: Path | None = None) -> None:
         """The same command to its end, in this process, which has torch already."""
         from htsr_alloc import Settings, analyze, open_checkpoint
-        from htsr_alloc.analysis.analyze import RunFiles
+        from htsr_alloc.analysis.outputs import RunFiles
 
         output = RunFiles((out or self.out) / "m.metrics.json")
         analyze(open_checkpoint(self.model), Settings("official"), output)

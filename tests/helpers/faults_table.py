@@ -91,7 +91,7 @@ def other_faults(folder: Path) -> Row:
 def network_faults(folder: Path) -> Row:
     """Many network faults in a row, for each way to read weights, against the local result."""
     from htsr_alloc import Settings, analyze, open_checkpoint
-    from htsr_alloc.analysis.analyze import RunFiles
+    from htsr_alloc.analysis.outputs import RunFiles
 
     row = Row("faults of the network")
     model_files(folder / "tiny")

@@ -249,7 +249,7 @@ class Study(Train):
 
         super().prepare()
         from htsr_alloc import Settings, analyze, open_checkpoint
-        from htsr_alloc.analysis.analyze import RunFiles
+        from htsr_alloc.analysis.outputs import RunFiles
 
         run_files = RunFiles(self.folder / "tiny.metrics.json")
         analyze(open_checkpoint(self.folder / "model"), Settings("official"), run_files)

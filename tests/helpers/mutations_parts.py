@@ -149,9 +149,16 @@ PARTS = (
     M(
         "another allocation is kept",
         "cli/allocate.py",
-        "if there is None or replace(there, **origin) != replace(result, **origin):",
-        "if False:",
+        "return None if same else ",
+        "return None if True else ",
         "tests/cli/test_cli.py -k differs_is_kept",
+    ),
+    M(
+        "another analysis is kept",
+        "analysis/outputs.py",
+        "if before[key] != value:",
+        "if False:",
+        "tests/analysis/test_kept.py -k other_settings",
     ),
     M(
         "a setting given twice",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from helpers import moe_tiny as tiny
@@ -201,6 +204,16 @@ def test_a_cache_by_hand_goes_on_token_by_token():
         model(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
     with pytest.raises(HtsrError, match="the cache given holds a part of the text already"):
         model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_seen_by_either_name(name):
+    from htsr_alloc.lora_moe.systems.em_lora.generation import read_prompt
+
+    given = {"input_ids": tiny.tokens(2, 3), name: SimpleNamespace(get_seq_length=lambda: 5)}
+    nothing: Any = None
+    with pytest.raises(HtsrError, match="holds a part of the text already, with 3"):
+        read_prompt(given, None, nothing, nothing, None)
 
 
 GENERATE = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}

@@ -92,7 +92,7 @@ def test_readme_rank_correlations(tmp_path):
     """The README's: official with paper, median and ks on SmolLM2."""
     import shutil
 
-    from htsr_alloc.analysis.analyze import RunFiles
+    from htsr_alloc.analysis.outputs import RunFiles
     from htsr_alloc.analysis.refit import refit
 
     for file in (SMOLLM2, SMOLLM2.with_name("smollm2.spectra.safetensors")):

@@ -54,6 +54,72 @@ def test_it_is_one_screen_of_80_columns(invoke, more):
     assert invoke("explain", DATA, "--layer", 30).rc == 1
 
 
+ALLOCATION = DATA.with_name("smollm2.allocation.json")
+
+
+def test_an_allocation_is_explained_to_the_count(invoke, tmp_path):
+    """Against ``allocate`` by a file of scores, in which layer 10 has the mean of the rest."""
+    metrics = loads(Metrics, DATA.read_text(), DATA.name)
+    done = invoke("explain", ALLOCATION, "--layer", "model.layers.10", "--json")
+    assert done.rc == 0, done.stderr
+    found = json.loads(done.stdout)
+    (own,), (layer,) = found["counts"], found["layers"]
+    assert (own["count"], round(own["quota"], 3)) == (21, 20.830)
+    assert len(own["without"]) == 7
+    for part in layer["parts"]:
+        rest = [m.pl_alpha_hill for m in metrics.matrices if m.layer == 10]
+        rest.remove(part["alpha"])
+        scores = [row.pl_alpha_hill for row in metrics.layers]
+        scores[10] = sum(rest) / len(rest)
+        text = "layer,score\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(scores))
+        (tmp_path / "s.csv").write_text(text)
+        made = invoke("allocate", "--scores", "s.csv", "--T", 160, "-q", "-o", "-")
+        assert json.loads(made.stdout)["experts"][10] == own["without"][part["tensor"]]
+    assert own["without"]["model.layers.10.self_attn.v_proj.weight"] == 11
+    shown = invoke("explain", ALLOCATION, "--layer", 10)
+    assert "the quota 20.830: 21 experts" in shown.stderr
+    assert "experts then" in shown.stdout
+
+
+def test_an_allocation_is_one_screen_too(invoke):
+    lines = invoke("explain", ALLOCATION).stdout.splitlines()
+    assert len(lines) == 31
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert lines[11].split()[4:7] == ["20.830", "21", "v_proj"]
+
+
+def test_other_budgets_are_explained_and_other_scores_are_refused(invoke, tmp_path):
+    asked = [
+        ["--for", "lora", "--rank", 4],
+        ["--params", "3M", "--max", 9],
+        ["--T", 90, "--repair", "official", "--spread", 4],
+        ["--T", 90, "--score-over", "adapted", "--target", "q_proj"],
+    ]
+    for i, more in enumerate(asked):
+        path = tmp_path / f"{i}.json"
+        assert invoke("allocate", DATA, *more, "-q", "-o", path).rc == 0
+        done = invoke("explain", path, "--metrics", DATA, "--json")
+        assert done.rc == 0, done.stderr
+        counts = [row["count"] for row in json.loads(done.stdout)["counts"]]
+        assert counts == json.loads(path.read_text())["experts"]
+    assert "There is no " in invoke("explain", path).stderr  # its metrics are elsewhere
+    other = invoke("explain", path, "--metrics", DATA.with_name("smollm2.paper.metrics.json"))
+    assert "does not follow from these metrics" in other.stderr
+    for other in (
+        "--metric stable_rank",
+        "--per-module",
+        "--strategy uniform",
+        "--strategy shrunk",
+    ):
+        more = ["--T", 90, *other.split()]
+        assert invoke("allocate", DATA, *more, "-q", "--force", "-o", path).rc == 0
+        done = invoke("explain", path, "--metrics", DATA)
+        assert (done.rc, done.stdout) == (1, "")
+        assert "Only a count for each layer, by alphalora on pl_alpha_hill" in done.stderr
+    assert "hint: For a layer write --layer 10." in invoke("explain", 10).stderr
+    assert "There is no layer abc" in invoke("explain", DATA, "--layer", "abc").stderr
+
+
 def test_the_cautions_name_what_is_doubtful():
     result = read_result(DATA)
     metrics = result.record

@@ -91,3 +91,13 @@ def test_wilson():
 def test_no_rows_is_refused():
     with pytest.raises(HtsrError, match="no row"):
         evaluate(tiny.llama(), training_tiny.tokenizer(), [])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_keys_and_values_have_the_model_s_own_name_for_them(name):
+    """transformers 5.24 calls them ``cache``, and warns of the other."""
+    from htsr_alloc.training.models import cache_name
+
+    made: dict = {}
+    exec(f"class Own:\n def forward(self, input_ids, {name}=None): ...", made)
+    assert cache_name(made["Own"]()) == name

@@ -38,6 +38,22 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def test_the_last_step_is_logged_and_its_loss_is_the_one_that_is_told(invoke, work):
+    def ran(name, *more):
+        done = invoke(*arguments(name, "--steps", 4, "--json", *more))
+        assert done.rc == 0, done.stderr
+        rows = [(row["step"], row["loss"]) for row in log(work / name) if "loss" in row]
+        return json.loads(done.stdout), rows
+
+    every = [loss for _, loss in ran("each", "--log-every", 1)[1]]
+    said, rows = ran("seldom", "--log-every", 10)
+    assert [step for step, _ in rows] == [1, 4]
+    assert (said["loss"], said["loss_from"]) == (rows[-1][1], 2)
+    assert said["loss"] == pytest.approx(sum(every[1:]) / 3, abs=1e-3)
+    assert abs(said["loss"] - every[0]) > 1e-2
+    assert ran("once", "--steps", 1)[0]["loss_from"] == 1
+
+
 def test_training_is_better_than_not_beyond_the_interval(invoke, work):
     def accuracy(*adapter):
         done = invoke(

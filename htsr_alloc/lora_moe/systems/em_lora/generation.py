@@ -12,6 +12,8 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.state import Generation, Pass, state_in
 from htsr_alloc.lora_moe.systems.em_lora import prompt
 
+CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
 
 def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
     """S of generate's own arguments; 1 where it starts from nothing."""
@@ -43,13 +45,13 @@ def read_prompt(
                 "EM-LoRA routes by a prompt, and the model got neither input_ids nor inputs_embeds."
             )
         tokens = embeds[..., 0]  # (B, S)
-    past = given.get("past_key_values")
+    past = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if past is not None and past.get_seq_length() > 0:
         if generation is not None or tokens.shape[1] > 1:
             raise HtsrError(
                 "EM-LoRA chooses by the whole prompt, and the cache given holds a part of the text "
                 f"already, with {tokens.shape[1]} tokens to come.",
-                "Remove past_key_values; by hand, run the prompt, then one token at a time, or "
+                "Remove the cache; by hand, run the prompt, then one token at a time, or "
                 "several inside after_prompt(model).",
             )
         now.decisions = before.decisions
