@@ -141,8 +141,13 @@ def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
-    """R of W = QR in float64, (n, n), from some rows at a time: memory does not grow with m."""
-    n = tall.shape[1]
+    """R of W = QR in float64, (n, n), from some rows at a time: memory does not grow with m.
+
+    A square W is as small as its R, and stays as it is.
+    """
+    m, n = tall.shape
+    if m == n:
+        return tall.double()
     upper = torch.empty(0, n, dtype=torch.float64, device=tall.device)
     for rows in tall.split(max(n // 4, ROW_CHUNK)):
         upper = torch.linalg.qr(torch.cat([upper, rows.double()]), mode="r").R

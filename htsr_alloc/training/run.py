@@ -177,7 +177,7 @@ def train(
         resumed_at=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
         validation_rows=len(encoded["validation"]),
         validation_loss=next(reversed(losses["eval_loss"]), None),
-        loss_from=1 + ([0] + [row["step"] for row in history if "loss" in row])[-2],
+        loss_from=1 + ([0] + [int(row["step"]) for row in history if "loss" in row])[-2],
     )
 
 
