@@ -62,8 +62,16 @@ class GatedLora:
         if self.router is None:
             return 1.0
         gate = self.weights(x)
-        gate = torch.cat([gate, torch.ones_like(gate[..., :1])], -1)  # UNGATED is the last
-        return gate[..., self.ranks]
+        place, ungated = self._places
+        if ungated:
+            gate = torch.cat([gate, torch.ones_like(gate[..., :1])], -1)
+        return gate.index_select(-1, place)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, bool]:
+        """Each rank's place among the gates, N where its weight is 1; whether there are such."""
+        alone = self.ranks == UNGATED
+        return self.ranks.masked_fill(alone, self.experts), bool(alone.any())
 
     @cached_property
     def ranks(self) -> Tensor:
