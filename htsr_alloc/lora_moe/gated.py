@@ -46,10 +46,15 @@ class GatedLora:
         """N, the gates that a router gives; 0 without one."""
         return 0 if self.router is None else len(self.router)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """g(x), (..., N), in the router's dtype, float32 or better. x: (..., d_in)."""
+    def weights(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """g(x), (..., N), in the router's dtype, float32 or better.
+
+        x: (..., d_in). logits: the router's, (..., N), where they are there already.
+        """
         assert self.router is not None
-        return GATES[self.gate](self, gates.router_logits(x, self.router), x).weights
+        if logits is None:
+            logits = gates.router_logits(x, self.router)
+        return GATES[self.gate](self, logits, x).weights
 
     def delta(self, x: Tensor) -> Tensor:
         """Δ(x), (..., d_out), in the dtype of A. x: (..., d_in)."""
@@ -57,11 +62,11 @@ class GatedLora:
         hidden = F.linear(x.to(a.dtype), a)  # (..., R + R')
         return F.linear((hidden * self.by_rank(x)).to(a.dtype), b)
 
-    def by_rank(self, x: Tensor) -> Tensor | float:
+    def by_rank(self, x: Tensor, logits: Tensor | None = None) -> Tensor | float:
         """The weight of each rank, (..., R + R'), residual included; 1 where there is no router."""
         if self.router is None:
             return 1.0
-        gate = self.weights(x)
+        gate = self.weights(x, logits)
         place, ungated = self._places
         if ungated:
             gate = torch.cat([gate, torch.ones_like(gate[..., :1])], -1)

@@ -29,7 +29,7 @@ class GatedLinear:
     lora_b_stacked: tuple[Tensor, ...]
     output_slices: tuple[int, ...]
     punica_wrapper: Any
-    held: list[list[Held]]  # of each slot, of each slice
+    held: list[Held | None]  # of each slot; empty on a GPU
     gates: list[SlotGates]  # of each slice; empty on a CPU
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class GatedLinear:
         a, b = self.lora_a_stacked, self.lora_b_stacked
         if x.device.type == "cpu":
             slots = self.punica_wrapper.token_lora_indices
-            add_by_slot(output, x[: len(slots)], slots, a, b, self.held)
+            add_by_slot(output, x[: len(slots)], slots, self.held, b)
             return output.view(shape)
         hidden = torch.zeros(
             (len(a), x.shape[0], a[0].shape[2]), dtype=torch.float32, device=x.device
@@ -52,11 +52,9 @@ class GatedLinear:
 
     def put(self, slot: int, ranks: Sequence[int], records: Sequence[GatedLora | None]) -> None:
         """Say what is in a slot now: of each slice its rank and its gate."""
-        pairs = zip(ranks, records, strict=True)
-        self.held[slot] = [
-            Held(rank, None if record is None or record.router is None else record)
-            for rank, record in pairs
-        ]
+        if self.held:
+            a = [own[slot, 0] for own in self.lora_a_stacked]
+            self.held[slot] = Held.of(a, ranks, records)
         for gates, record in zip(self.gates, records, strict=False):  # none on a CPU
             gates.put(slot, record)
 
@@ -70,8 +68,9 @@ def gate(layer: Any, slots: int) -> None:
     """Make a LoRA linear of vLLM gated; with plain LoRA in its slots it gives what it gave."""
     a = layer.lora_a_stacked
     layer.__class__ = _gated(type(layer))
-    layer.held = [[Held()] * len(a) for _ in range(slots)]
-    layer.gates = []
-    if a[0].device.type != "cpu":
+    layer.held, layer.gates = [], []
+    if a[0].device.type == "cpu":
+        layer.held = [None] * slots
+    else:
         sizes = slots, most_experts(), a[0].shape[3], a[0].shape[2]
         layer.gates = [SlotGates.empty(*sizes, a[0].device) for _ in a]

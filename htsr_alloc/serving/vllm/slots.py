@@ -11,27 +11,72 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from htsr_alloc.lora_moe.gated import GatedLora
+from htsr_alloc.lora_moe.gates import is_wide
 
 
 @dataclass(frozen=True)
 class Held:
-    """One adapter's part of one slice of a linear.
+    """One adapter on one linear: its first products, of all slices and routers, as one.
+
+    Small products cost a CPU more to start than to compute.
 
     Attributes:
-        rank: R; 0 where the adapter leaves the slice alone. record: its gate; None of plain LoRA.
+        a: (ΣR, d_in), every slice's A; then the routers, (ΣN, d_in), where they have its dtype.
+        routers: the same routers, where they have not.
+        ranks: R of each slice; 0 where the adapter leaves it alone.
+        records: the gate of each slice; None of plain LoRA.
     """
 
-    rank: int = 0
-    record: GatedLora | None = None
+    a: Tensor
+    routers: Tensor | None
+    ranks: tuple[int, ...]
+    records: tuple[GatedLora | None, ...]
+
+    @classmethod
+    def of(
+        cls, a: Sequence[Tensor], ranks: Sequence[int], records: Sequence[GatedLora | None]
+    ) -> Held:
+        """From each slice's A, (R_max, d_in), of which the first R rows count, and its record."""
+        gated = tuple(
+            own if own is not None and own.router is not None else None for own in records
+        )
+        every = [own[:rank] for own, rank in zip(a, ranks, strict=True)]
+        routers = [
+            r if is_wide(r.dtype) else r.float() for r in map(router_of, gated) if r is not None
+        ]
+        same = all(router.dtype == a[0].dtype for router in routers)
+        apart = torch.cat(routers) if routers and not same else None
+        joined = torch.cat([*every, *routers] if same else every)
+        return cls(joined, apart, tuple(ranks), gated)
+
+    def hidden(self, x: Tensor) -> list[Tensor]:
+        """Of each slice the gated A x, (rows, R) in A's dtype. x: (rows, d_in)."""
+        made = F.linear(x.to(self.a.dtype), self.a)
+        total = sum(self.ranks)
+        logits = made[:, total:]
+        if self.routers is not None:
+            logits = F.linear(x.to(self.routers.dtype), self.routers)
+        parts = list(made[:, :total].split(self.ranks, 1))
+        start = 0
+        for i, record in enumerate(self.records):
+            if record is not None:
+                own = logits[:, start : start + record.experts]
+                start += record.experts
+                parts[i] = (parts[i] * record.by_rank(x, own)).to(made.dtype)
+        return parts
+
+
+def router_of(record: GatedLora | None) -> Tensor | None:
+    """(N, d_in), if the record has one."""
+    return None if record is None else record.router
 
 
 def add_by_slot(
     y: Tensor,
     x: Tensor,
     slot_of_token: Tensor,
-    a: Sequence[Tensor],
+    held: Sequence[Held | None],
     b: Sequence[Tensor],
-    held: Sequence[Sequence[Held]],
 ) -> None:
     """y += Δ(x) of each token's own adapter, one adapter after another. For CPUs.
 
@@ -40,22 +85,19 @@ def add_by_slot(
     Args:
         y: (tokens, d_out), in place. x: (tokens, d_in).
         slot_of_token: (tokens,) int64.
-        a: of each slice (slots, 1, R_max, d_in). b: (slots, 1, d_out of the slice, R_max).
-        held: of each slot, of each slice.
+        held: of each slot. b: of each slice (slots, 1, d_out of the slice, R_max).
     """
     slots = slot_of_token.unique().tolist()
     for slot in slots:
-        if slot < 0:
+        adapter = None if slot < 0 else held[slot]
+        if adapter is None or not any(adapter.ranks):
             continue
         rows = None if len(slots) == 1 else (slot_of_token == slot).nonzero().squeeze(1)
-        own, start = x if rows is None else x[rows], 0
-        for i, part in enumerate(held[slot]):
-            stop = start + b[i].shape[2]
-            if part.rank:
-                hidden = F.linear(own.to(a[i].dtype), a[i][slot, 0, : part.rank])  # (rows, R)
-                if part.record is not None:
-                    hidden = (hidden * part.record.by_rank(own)).to(hidden.dtype)
-                made = F.linear(hidden, b[i][slot, 0, :, : part.rank]).to(y.dtype)
+        start = 0
+        for own, hidden in zip(b, adapter.hidden(x if rows is None else x[rows]), strict=True):
+            stop, rank = start + own.shape[2], hidden.shape[1]
+            if rank:
+                made = F.linear(hidden, own[slot, 0, :, :rank]).to(y.dtype)
                 out = y[:, start:stop]
                 out.add_(made) if rows is None else out.index_add_(0, rows, made)
             start = stop
