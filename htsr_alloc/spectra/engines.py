@@ -128,8 +128,9 @@ def gram(tall: torch.Tensor, kind: type = np.float64) -> np.ndarray:
     library = _library()
     n = tall.shape[1]
     dtype = torch.float64 if kind is np.float64 else torch.float32
+    every = blocks(tall, dtype)  # its buffer first: after the sum it would split the heap
     total = np.zeros((n, n), kind, order="F")  # the upper half is never read
-    for i, block in enumerate(blocks(tall, dtype)):
+    for i, block in enumerate(every):
         library.syrk(block, 0.0 if i == 0 else 1.0, total)
     return total
 

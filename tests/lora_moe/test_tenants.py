@@ -51,7 +51,7 @@ def alone(model, name, run):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_each_row_is_its_adapters(system):
-    model, ids = several([system] * 3), tiny.tokens(8, 9)
+    model, ids = several([system] * 3).double(), tiny.tokens(8, 9)
     with torch.no_grad():
         single = {
             name: alone(model, name, lambda: model(input_ids=ids, attention_mask=MASK).logits)
@@ -64,7 +64,7 @@ def test_each_row_is_its_adapters(system):
                 kept = MASK[row].bool()
                 want = single[name][row][kept]
                 error = (mixed[row][kept] - want).abs().max() / want.abs().max()
-                assert error <= 1e-5, (row, name)
+                assert error <= 1e-9, (row, name)
                 others = [single[n][row][kept] for n in single if n != name]
                 assert all((mixed[row][kept] - o).abs().max() > 1e-2 for o in others)
         after = model(input_ids=ids, attention_mask=MASK).logits
@@ -141,12 +141,12 @@ def test_what_is_saved_whole_is_by_row_too():
     for seed, name in enumerate(("one", "two")):
         model.set_adapter(name)
         tiny.move(model, seed)
-    model.eval()
+    model.eval().double()
     ids = tiny.tokens(2, 9)
     want = [alone(model, name, lambda: model(input_ids=ids).logits) for name in ("one", "two")]
     got = model(input_ids=ids, adapter_names=["two", "one"]).logits
-    assert (got[0] - want[1][0]).abs().max() <= 1e-5
-    assert (got[1] - want[0][1]).abs().max() <= 1e-5
+    assert (got[0] - want[1][0]).abs().max() <= 1e-9
+    assert (got[1] - want[0][1]).abs().max() <= 1e-9
 
 
 def test_an_encoder_decoder_with_beams():
