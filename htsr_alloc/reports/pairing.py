@@ -10,7 +10,7 @@ from htsr_alloc.records import Matrix, Metrics
 
 Identity = tuple[int, str, "int | None", int]  # layer, role, expert, which of several alike
 
-# An expert's matrices in the words of Mixtral, Granite and Aria -> in everybody else's.
+# An expert's matrix: Mixtral's, Granite's or Aria's name -> the name in other models.
 ALIKE = {"w1": "gate_proj", "w3": "up_proj"}
 ALIKE |= dict.fromkeys(("w2", "output_linear", "fc2"), "down_proj")
 # What one linear joins in some models -> its parts in others.
