@@ -20,7 +20,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.spectra import ROW_CHUNK, lapack
 from htsr_alloc.spectra.band import FLOOR, IN_RANGE, band
 from htsr_alloc.spectra.least import least
-from htsr_alloc.spectra.rows import blocks
+from htsr_alloc.spectra.rows import buffer_for, upcast
 
 # (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
 # -> n ascending float64 eigenvalues, and what computed them
@@ -126,12 +126,12 @@ def gram(tall: torch.Tensor, kind: type = np.float64) -> np.ndarray:
     W is upcast block by block into one buffer.
     """
     library = _library()
-    n = tall.shape[1]
-    dtype = torch.float64 if kind is np.float64 else torch.float32
-    every = blocks(tall, dtype)  # its buffer first: after the sum it would split the heap
+    m, n = tall.shape
+    buffer = buffer_for(tall, torch.float64 if kind is np.float64 else torch.float32)
     total = np.zeros((n, n), kind, order="F")  # the upper half is never read
-    for i, block in enumerate(every):
-        library.syrk(block, 0.0 if i == 0 else 1.0, total)
+    for at in range(0, m, ROW_CHUNK):
+        block = upcast(tall[at : at + ROW_CHUNK], buffer)
+        library.syrk(block, 0.0 if at == 0 else 1.0, total)
     return total
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from htsr_alloc.spectra import lapack
-from htsr_alloc.spectra.rows import blocks
+from htsr_alloc.spectra import ROW_CHUNK, lapack
+from htsr_alloc.spectra.rows import buffer_for, upcast
 
 SIZE = 16  # vectors of the block
 STEPS = 12  # of inverse iteration in float32
@@ -58,7 +58,9 @@ def product(library: lapack.Lapack, tall: torch.Tensor, x: np.ndarray) -> np.nda
     """W^T W x in float64. tall: (m, n); x: (n, k). -> (n, k)."""
     x = np.asfortranarray(x)
     total = np.zeros_like(x, order="F")
-    for block in blocks(tall, torch.float64):
+    buffer = buffer_for(tall, torch.float64)
+    for at in range(0, len(tall), ROW_CHUNK):
+        block = upcast(tall[at : at + ROW_CHUNK], buffer)
         y = np.empty((len(block), x.shape[1]), order="F")
         if block.flags.c_contiguous:
             library.gemm("T", "N", 1.0, block.T, x, 0.0, y)

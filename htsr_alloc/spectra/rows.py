@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
 from htsr_alloc.spectra import ROW_CHUNK
 
 
-def blocks(tall: torch.Tensor, dtype: torch.dtype) -> Iterator[np.ndarray]:
-    """The rows of W, (m, n), in blocks (k, n) of ``dtype``, in C or Fortran order as W is stored.
-
-    All are views of one buffer, which is made at once: use each before the next.
-    """
+def buffer_for(tall: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a block of W's rows, (m, n), in the order that W is stored in."""
     m, n = tall.shape
-    by_rows = tall.stride(1) == 1
     chunk = min(ROW_CHUNK, m)
-    buffer = torch.empty((chunk, n) if by_rows else (n, chunk), dtype=dtype)
+    return torch.empty((chunk, n) if tall.stride(1) == 1 else (n, chunk), dtype=dtype)
 
-    def upcast(rows: torch.Tensor) -> np.ndarray:
-        if by_rows:
-            return buffer[: len(rows)].copy_(rows).numpy()
-        return buffer.view(-1)[: rows.numel()].view(n, -1).copy_(rows.T).numpy().T
 
-    return map(upcast, tall.split(chunk))
+def upcast(rows: torch.Tensor, buffer: torch.Tensor) -> np.ndarray:
+    """Some of W's rows, (k, n), in the buffer's dtype, in C or Fortran order; a view of it."""
+    if rows.stride(1) == 1:
+        return buffer[: len(rows)].copy_(rows).numpy()
+    n = rows.shape[1]
+    return buffer.view(-1)[: rows.numel()].view(n, -1).copy_(rows.T).numpy().T
