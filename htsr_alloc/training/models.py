@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,17 @@ def cache_name(model: Any) -> str:
 
     transformers calls them ``cache`` from 5.24 on, and warns of the name of before.
     """
+    return "cache" if "cache" in _arguments(model) else "past_key_values"
+
+
+def takes_kept_logits(model: Any) -> bool:
+    """Whether the model makes logits of those tokens alone that ``logits_to_keep`` names."""
+    return "logits_to_keep" in _arguments(model)
+
+
+def _arguments(model: Any) -> Mapping[str, inspect.Parameter]:
     own = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(own.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    return inspect.signature(own.forward).parameters
 
 
 def silence() -> None:
