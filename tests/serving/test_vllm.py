@@ -34,9 +34,9 @@ torch.manual_seed(0)
 PROMPTS = [[504, 3575, 282, 4649, 314], [7158, 2450, 253, 655, 665, 436, 253], [1604, 28], [49] * 9]
 PROMPTS += [torch.randint(3, 40000, (3 + i % 9,)).tolist() for i in range(28)]
 TOKENS = 6
-# Noise of 2e-7 in every linear and norm of transformers' own model moves these two adapters'
-# log-probabilities 17 and 100 times as far as the base's.
-BOUND = {"goat_plus": 2e-4, "mor": 2e-4}
+# Of the adapters' noise. Rounding then moves no model's log-probabilities much further than the
+# base's; at three times this size it moves MoR's a hundred times as far, in transformers too.
+SIZE = 0.01
 
 
 def make(folder, kind):
@@ -55,7 +55,7 @@ def make(folder, kind):
         uneven = {} if kind == "mor" else UNEVEN
         config = LoraMoeConfig(system=kind, num_experts=4, lora_dropout=0.0, **uneven, **common)
     adapted = get_peft_model(model, config)
-    tiny.move(adapted, seed=len(kind), size=0.03)
+    tiny.move(adapted, seed=len(kind), size=SIZE)
     adapted.save_pretrained(str(folder))
 
 
@@ -161,7 +161,7 @@ def test_one_batch_of_everything_gives_transformers_tokens_and_probabilities(ada
         own, _ = of_written(reference(path, rows), rows)
         off, usual = (got - want).abs().max(), (own - want).abs().max()
         print(f"{name}: largest error of a log-probability {off:.1e}, transformers' {usual:.1e}")
-        assert off < BOUND.get(name, 1e-4), name
+        assert off < 1e-4, name
         assert (best - want).max() < 1e-4, name  # transformers' own choice, but for ties
     for one, other in itertools.combinations(adapters, 2):  # no two answer alike
         (rows, got), (others, values) = seen[one], seen[other]
