@@ -24,6 +24,7 @@ BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
 NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many
 ENOUGH = 0.9  # of the draws
 TAILS = (0.05, 0.95)
+STEP = "inverted_cdf"  # a quantile that is one of the draws
 
 # Metric -> the scale on which residuals are drawn, the way back, and the slope of the way back.
 # An alpha is above 1, so that its scale is ln(alpha - 1), as in ``shrinkage``.
@@ -60,12 +61,34 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """The same counts on layers drawn by chance: the share of layers within ``NEAR`` of their own.
+
+    ``near`` is the mean of the draws; 95 % of them are at most ``high``.
+    """
+
+    near: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Sensitivity:
-    """What was varied (``causes``: name -> the draws' labels, or their number) and each layer."""
+    """What was varied (``causes``: name -> the draws' labels, or their number) and each layer.
+
+    ``near``: cause -> the share of the layers' counts within ``NEAR`` of their own, over all draws;
+    a cause that is not above ``chance.high`` moves the counts as far as chance would.
+    """
 
     causes: dict[str, Any]
     seed: int
     layers: tuple[LayerSensitivity, ...]
+    near: dict[str, float]
+    chance: Chance
+
+    @property
+    def as_far_as_chance(self) -> tuple[str, ...]:
+        """The causes under which the counts lie no nearer to their own than chance puts them."""
+        return tuple(cause for cause, near in self.near.items() if near <= self.chance.high)
 
 
 def sensitivity_of(
@@ -80,6 +103,9 @@ def sensitivity_of(
     * matrices: ``draws`` bootstrap draws of how far a layer's matrices lie from their roles' means
       over the layers, in standard deviations of the role, with replacement within the layer. A
       role's own level is no noise. Everything that the strategy does is done again.
+
+    The null that each of them is held against has the same counts on layers drawn by chance,
+    ``draws`` times.
 
     Args:
         path: the metrics file.
@@ -123,21 +149,31 @@ def sensitivity_of(
         steps = [replace(bare, beta=beta + step) for step in BETA_STEPS]
         varied = [replace(request, strategy=strategy) for strategy in steps]
         add("beta", [beta + step for step in BETA_STEPS], (allocate(metrics, r) for r in varied))
-    draw = _bootstrap(metrics, list(parse_metric(scores.text)), np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    draw = _bootstrap(metrics, list(parse_metric(scores.text)), generator)
     add("matrices", draws, (allocate(draw(), request) for _ in range(draws)))
+    shuffled = [generator.permutation(own.experts) for _ in range(draws)]
+    near = {cause: float(_near(own.experts, found).mean()) for cause, found in counts.items()}
+    by_chance = _near(own.experts, shuffled).mean(axis=1)  # (draws,)
+    chance = Chance(float(by_chance.mean()), float(np.quantile(by_chance, 0.95, method=STEP)))
     ranges = {cause: _ranges(own.experts, found) for cause, found in counts.items()}
     layers: list[LayerSensitivity] = []
     for row in own.evidence:
         by_cause = {cause: found[row.layer] for cause, found in ranges.items()}
         stable = all(found.near >= ENOUGH for found in by_cause.values())
         layers.append(LayerSensitivity(row.layer, row.prefix, row.experts, by_cause, stable))
-    return Sensitivity(causes, seed, tuple(layers))
+    return Sensitivity(causes, seed, tuple(layers), near, chance)
+
+
+def _near(experts: Sequence[int], counts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """Whether a count is within ``NEAR`` of its own, (draws, layers)."""
+    return abs(np.array(counts) - np.array(experts)) <= NEAR
 
 
 def _ranges(experts: Sequence[int], counts: Sequence[Sequence[int]]) -> list[Range]:
-    moved = np.array(counts) - np.array(experts)  # (draws, layers)
-    same, near = (moved == 0).mean(axis=0), (abs(moved) <= NEAR).mean(axis=0)
-    lows, highs = np.quantile(counts, TAILS, axis=0, method="inverted_cdf")
+    same = (np.array(counts) == np.array(experts)).mean(axis=0)
+    near = _near(experts, counts).mean(axis=0)
+    lows, highs = np.quantile(counts, TAILS, axis=0, method=STEP)
     return [
         Range(int(low), int(high), float(s), float(n))
         for low, high, s, n in zip(lows, highs, same, near, strict=True)

@@ -194,6 +194,14 @@ def _causes(found: Sensitivity) -> list[str]:
         f"{stable} of {len(found.layers)} layers are stable: within one expert in 90 % of the "
         "draws of every cause"
     )
+    near = ", ".join(f"{share:.0%} ({cause})" for cause, share in found.near.items())
+    notes.append(
+        f"within one expert: {near} of the counts; {found.chance.near:.0%} where the same counts "
+        f"are on layers drawn by chance (95 % of such draws: at most {found.chance.high:.0%})"
+    )
+    if found.as_far_as_chance:
+        causes = " and ".join(found.as_far_as_chance)
+        notes.append(f"{causes}: the counts move as far as chance would put them")
     return notes
 
 

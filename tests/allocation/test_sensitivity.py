@@ -118,6 +118,34 @@ def test_equal_matrices_are_perfectly_stable_under_the_bootstrap():
     assert all(row.stable and row.ranges["matrices"].same == 1 for row in found.layers)
 
 
+def test_the_null_is_the_same_counts_on_layers_drawn_by_chance():
+    metrics, path = smollm2()
+    found = sensitivity_of(metrics, path, Request.of(T=160), draws=400)
+    counts = [row.experts for row in found.layers]
+    pairs = [abs(one - other) <= 1 for one in counts for other in counts]
+    assert found.chance.near == pytest.approx(sum(pairs) / len(pairs), abs=0.02)  # any on any
+    assert found.chance.near < found.chance.high < 0.6
+    for cause, near in found.near.items():
+        own = [row.ranges[cause].near for row in found.layers]
+        assert near == pytest.approx(sum(own) / len(own))
+        assert near > found.chance.high  # the spectra say more than chance
+    assert found.as_far_as_chance == ()
+
+
+def test_counts_that_another_draw_of_the_matrices_puts_elsewhere_are_named():
+    """Two roles that disagree: a layer's mean depends on which of them is drawn."""
+    levels = [[4.0, 1.2], [1.2, 4.0]] * 4
+    metrics = linears({"q_proj": (4, 4), "v_proj": (4, 4)}, levels)
+    layers = tuple(
+        Layer(i, f"layers.{i}", 2, 0, sum(own) / 2 + 0.1 * i, 0.5, 2.5, None)
+        for i, own in enumerate(levels)
+    )
+    metrics = dataclasses.replace(metrics, layers=layers, settings=Settings("median"))
+    found = sensitivity_of(metrics, ROOT, Request.of(T=80), draws=100)
+    assert found.near["beta"] == 1
+    assert found.as_far_as_chance == ("matrices",)
+
+
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
@@ -147,6 +175,7 @@ def test_sensitivity_is_shown_and_is_json(data, invoke):
     assert header == ["layer", "experts", "estimator", "±1", "beta", "±1", "matrices", "±1"]
     assert len(done.stdout.splitlines()) == 63
     assert "matrices: 5 draws, seed 0" in done.stderr
+    assert "where the same counts are on layers drawn by chance" in done.stderr
     result = json.loads(
         invoke("allocate", "--T", 160, "--sensitivity", "--draws", 5, "--json").stdout
     )

@@ -78,29 +78,24 @@ class Cell:
 def cells(study: Study, done: Done = NOTHING) -> list[Cell]:
     """What is to run, as far as ``done`` tells which rates are the best.
 
-    The main rows of every task, seed by seed; then the others with the first seed. In a study that
-    tunes, task by task: every rate of every row, then the other seeds of the main rows.
+    The main rows of every task, seed by seed; then the others with the first seed. Where rates are
+    chosen, the first seed runs at each of them, and the other seeds at the best.
     """
     main = [row for row in study.rows if row.main]
     others = [row for row in study.rows if not row.main]
-    first = study.seeds[0]
-    if not study.learning_rates:
-        return [
-            *(Cell(tasks, row, s) for tasks in study.groups for s in study.seeds for row in main),
-            *(Cell(tasks, row, first) for tasks in study.groups for row in others),
-        ]
+    first, *more = study.seeds
+
+    def tried(tasks: tuple[str, ...], rows: Sequence[RowSpec]) -> list[Cell]:
+        return [Cell(tasks, row, first, rate) for row in rows for rate in study.rates(row)]
+
     found = []
     for tasks in study.groups:
-        ordered = (*main, *others)
-        found += [Cell(tasks, row, first, rate) for row in ordered for rate in study.rates(row)]
         best = {row.name: chosen(study, done, tasks, row) for row in main}
+        found += tried(tasks, main)
         found += [
-            Cell(tasks, row, seed, rate)
-            for seed in study.seeds[1:]
-            for row in main
-            for rate in best[row.name]
+            Cell(tasks, row, s, rate) for s in more for row in main for rate in best[row.name]
         ]
-    return found
+    return found + [cell for tasks in study.groups for cell in tried(tasks, others)]
 
 
 def planned(study: Study) -> int:
