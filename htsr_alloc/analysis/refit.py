@@ -10,18 +10,24 @@ from htsr_alloc.analysis.measure import refitted
 from htsr_alloc.analysis.outputs import RunFiles
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics, dumps, loads, this_tool
+from htsr_alloc.records.keeping import refuse_to_replace
 from htsr_alloc.records.results import open_spectra
 from htsr_alloc.spectra.uncertainty import NOISE
 
 
-def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metrics:
+def refit(
+    path: Path, output: RunFiles, estimator: str, bins: int = 100, *, force: bool = False
+) -> Metrics:
     """Estimate again from the spectra that ``analyze`` kept, without the checkpoint.
 
     The new file shares the old one's spectra, so that both must be in one folder.
 
+    Args:
+        force: replace a result of other settings or of other spectra.
+
     Raises:
         HtsrError: the metrics are invalid, their spectra are absent or not the same bytes, or the
-            output is one of the two.
+            output is one of the two, or is there and another result.
     """
     old = loads(Metrics, files.read_bytes(path), path.name)
     if old.spectra is None:
@@ -35,5 +41,14 @@ def refit(path: Path, output: RunFiles, estimator: str, bins: int = 100) -> Metr
     with open_spectra(old, path) as spectra:
         fitted = refitted(old, spectra, estimator, bins, old.settings.noise or NOISE)
     metrics = replace(fitted, tool=this_tool())
+    if not force:
+        refuse_to_replace(output.metrics, Metrics, lambda there: _difference(there, metrics))
     files.write_text(output.metrics, dumps(metrics))
     return metrics
+
+
+def _difference(there: Metrics, metrics: Metrics) -> str | None:
+    """Versions and digits may differ, and what was asked for may not."""
+    if there.spectra is None or there.spectra != metrics.spectra:
+        return "holds a result of other spectra"
+    return None if there.settings == metrics.settings else "holds a result of other settings"

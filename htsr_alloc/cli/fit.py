@@ -20,6 +20,7 @@ def fit(
     estimator: Annotated[str, "Rule that chooses the tail to fit.", ESTIMATOR],
     bins: Annotated[int, "Bins of the histogram that finds the peak."] = Settings.bins,
     output: OutFile = None,
+    force: Annotated[bool, "Replace a result of other settings."] = False,
     strict: Strict = False,
     *,
     screen: Screen,
@@ -35,7 +36,7 @@ def fit(
 
     old = RunFiles(metrics)
     path = output or metrics.with_name(f"{old.stem}.{estimator}.metrics.json")
-    fitted = refit.refit(metrics, RunFiles(path), estimator, bins)
+    fitted = refit.refit(metrics, RunFiles(path), estimator, bins, force=force)
     screen.show(views.metrics(fitted))
     screen.note(f"wrote {path}")
     warn_unfitted(screen, fitted, strict)

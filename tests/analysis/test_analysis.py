@@ -315,7 +315,7 @@ def test_farms_keeps_both_spectra_and_refits_from_the_windows(model, tmp_path):
     np.testing.assert_allclose(spectra[name + "#farms"], pooled, rtol=1e-8)
     np.testing.assert_allclose(spectra[name], squared_singular_values(weight), rtol=1e-8)
     for estimator in ("median", "official"):
-        again = refit(output.metrics, RunFiles(tmp_path / "g.metrics.json"), estimator)
+        again = refit(output.metrics, RunFiles(tmp_path / f"{estimator}.metrics.json"), estimator)
         found = next(m for m in again.matrices if m.tensor == name)
         assert found.pl_alpha_hill == pytest.approx(naive.alpha(pooled, estimator), rel=1e-6)
         assert found.lambda_max == pytest.approx(spectra[name][-1])
@@ -927,6 +927,29 @@ def test_a_fit_does_not_overwrite_what_it_reads(model, tmp_path):
     for name in (path.name, "x.spectra.safetensors"):
         with pytest.raises(HtsrError, match="would be overwritten"):
             refit(path, RunFiles(tmp_path / name), "median")
+
+
+def test_a_fit_of_other_settings_or_spectra_is_kept_unless_force_is_given(model, tmp_path, invoke):
+    path = tmp_path / "x.metrics.json"
+    analyze(model, output=path)
+    ask = ("fit", "x.metrics.json", "-q", "--estimator")
+    assert invoke(*ask, "median").rc == 0
+    made = (tmp_path / "x.median.metrics.json").read_bytes()
+    assert invoke(*ask, "median").rc == 0  # the same again
+    for more, said in (("ks", "of other settings"), ("median", "is no htsr.metrics file")):
+        done = invoke(*ask, more, "-o", "x.median.metrics.json")
+        assert done.rc == 1
+        assert said in done.stderr
+        assert "--force" in done.stderr
+        if more == "ks":
+            assert (tmp_path / "x.median.metrics.json").read_bytes() == made
+            (tmp_path / "x.median.metrics.json").write_text("{}")
+    assert invoke(*ask, "ks", "-o", "x.median.metrics.json", "--force").rc == 0
+    again = json.loads((tmp_path / "x.median.metrics.json").read_text())
+    assert again["settings"]["estimator"] == "ks"
+    again["spectra"]["sha256"] = "0" * 64
+    (tmp_path / "x.ks.metrics.json").write_text(json.dumps(again))
+    assert "of other spectra" in invoke(*ask, "ks").stderr
 
 
 def test_an_output_that_is_a_folder_is_a_sentence(model, tmp_path, invoke):
