@@ -2,7 +2,7 @@
 # make lint   ruff and pyright                          make docs   the site, in build/site
 # make train-demo   SmolLM2-135M trained on a real task, before and after (minutes on a CPU)
 # make serve-demo  vLLM against transformers, in an environment of its own (3.4 GB, minutes)
-# make study        data/study/smollm2.yaml, as far as it has not been run; then docs/STUDY.md
+# make study        the plans of data/study, as far as they have not been run; then docs/STUDY.md
 # make faults       kills, other faults, bad inputs: a table of what was tried and lost (minutes)
 # make lock         uv.lock and constraints.txt from pyproject.toml (needs uv)
 # make audit        known vulnerabilities of the pinned packages
@@ -82,10 +82,14 @@ $(SERVER)/ready:
 	@$(SERVER)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+STUDIES ?= second together sequence
 study: .venv/test
 	@$(BIN)/python data/checkpoints.py smollm2 --with-gguf --out $(SMOLLM2) >/dev/null
-	@$(BIN)/python data/tasks.py sarcasm reviews quartz chain_sum >/dev/null
-	$(BIN)/htsr study data/study/smollm2.yaml --into docs/STUDY.md --figure docs/study.png
+	@$(BIN)/python data/tasks.py sarcasm reviews >/dev/null
+	@for plan in $(STUDIES); do \
+	  $(BIN)/htsr study data/study/$$plan.yaml --into docs/STUDY.md --figure docs/study.$$plan.png \
+	    --evidence htsr_alloc/allocation/findings.json || exit 1; \
+	done
 
 lint: .venv/lint
 	$(BIN)/ruff check .

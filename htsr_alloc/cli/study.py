@@ -58,7 +58,7 @@ def study(
     text = table.markdown(asked, lines, done)
     screen.text(text)
     if into is not None:
-        table.write_into(into, text)
+        table.write_into(into, text, plan.stem)
         screen.note(f"wrote {into}")
     if figure is not None:
         table.plot(asked, lines, figure)

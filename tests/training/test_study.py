@@ -338,7 +338,9 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
                     "fingerprint": fingerprint(study, cell),
                 }
             )
-    (tmp_path / "doc.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    other = "<!-- other: begin -->\nanother study's\n<!-- other: end -->\n"
+    begin, end = (mark.format(plan.stem) for mark in table.MARKS)
+    (tmp_path / "doc.md").write_text(f"{other}{begin}\nold\n{end}\nafter\n")
     done = invoke("study", plan.name, "--report", "--into", "doc.md", "--figure", "figure.png")
     assert done.rc == 0, done.stderr
     shown = done.stdout.splitlines()
@@ -346,13 +348,13 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     assert shown[3] == "|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | - | 0.500 |"
     assert shown[4].startswith("|  | LoRA | total | 2 | 1,234 | 87.5% | 17.7% | +50.0% [")
     assert "5 of 12 cells; n = 4 test rows a task" in done.stdout
-    other = invoke("study", plan.name, "--report", "--baseline", "LoRA").stdout.splitlines()
-    assert "difference from LoRA" in other[-1]
-    assert other[3].startswith("|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | -50.0% [")
+    again = invoke("study", plan.name, "--report", "--baseline", "LoRA").stdout.splitlines()
+    assert "difference from LoRA" in again[-1]
+    assert again[3].startswith("|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | -50.0% [")
     wrong = invoke("study", plan.name, "--report", "--baseline", "lora")
     assert (wrong.rc, "has no row 'lora'" in wrong.stderr) == (1, True)
     text = (tmp_path / "doc.md").read_text()
-    assert text.startswith("before\n")
+    assert text.startswith(other)
     assert text.endswith("after\n")
     assert done.stdout in text
     assert "old" not in text

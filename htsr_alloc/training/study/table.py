@@ -18,7 +18,7 @@ from htsr_alloc.training.study.summary import ALL, Line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+MARKS = "<!-- {0}: begin -->", "<!-- {0}: end -->"  # around the table of data/study/{0}.yaml
 NONE = "-"
 
 
@@ -131,17 +131,21 @@ def _power(study: Study, lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def write_into(path: Path, table: str) -> None:
-    """Put the table between the two marks of a document.
+def write_into(path: Path, table: str, name: str) -> None:
+    """Put the table between its study's two marks in a document.
+
+    Args:
+        name: the study's, which is its file's without the suffix.
 
     Raises:
         HtsrError: the marks are not there.
     """
+    first, last = (mark.format(name) for mark in MARKS)
     text = files.read_bytes(path).decode("utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise HtsrError(f"{path.name} has no place for the table.", f"Write {BEGIN} and {END}.")
+        raise HtsrError(f"{path.name} has no place for the table.", f"Write {first} and {last}.")
     files.write_text(path, f"{before}{begin}\n{table}{end}{after}")
 
 
