@@ -10,7 +10,7 @@ from pathlib import Path
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import StrategyRecord
+from htsr_alloc.records import Allocation
 from htsr_alloc.records.convert import convert
 
 FILE = Path(__file__).with_name("findings.json")
@@ -24,6 +24,7 @@ class Finding:
         study: the plan's name. model: what was trained.
         tasks: all that were compared. rows: test rows of each.
         draws: random allocations.
+        unit: what was allocated, experts or ranks.
         strategy, metric, estimator, beta: as an allocation file has them.
         better, worse: the tasks on which it was better, or worse, than every random one.
     """
@@ -33,6 +34,7 @@ class Finding:
     tasks: tuple[str, ...]
     rows: int
     draws: int
+    unit: str
     strategy: str
     metric: str | None
     estimator: str | None
@@ -44,17 +46,21 @@ class Finding:
     def sentence(self) -> str:
         """What it says, with what chance alone would do."""
         count, chance = len(self.tasks), len(self.tasks) / (self.draws + 1)
+        places = f"{self.model} ({', '.join(self.tasks)}; {self.rows} test rows each)"
         return (
-            f"known of {self.strategy} on {self.model} ({', '.join(self.tasks)}; {self.rows} test "
-            f"rows each): better than all {self.draws} random allocations on {len(self.better)} of "
-            f"{count} tasks, worse than all on {len(self.worse)}; by chance {chance:.1f} each"
+            f"known of {self.strategy}'s {self.unit} on {places}: better than all {self.draws} "
+            f"random allocations on {len(self.better)} of {count} tasks, worse than all on "
+            f"{len(self.worse)}; by chance {chance:.1f} each"
         )
 
-    def is_about(self, record: StrategyRecord) -> bool:
+    def is_about(self, allocation: Allocation) -> bool:
         """Whether an allocation was made in this way."""
-        own = (self.strategy, self.metric, self.estimator, self.beta)
-        theirs = (record.name, record.metric, record.estimator, record.beta)
-        return record.scores is None and own == theirs
+        record = allocation.strategy
+        if record is None or record.scores is not None:
+            return False
+        own = (self.unit, self.strategy, self.metric, self.estimator, self.beta)
+        theirs = (allocation.counted, record.name, record.metric, record.estimator, record.beta)
+        return own == theirs
 
 
 def read_findings(path: Path) -> tuple[Finding, ...]:
@@ -83,8 +89,6 @@ def _shipped() -> tuple[Finding, ...]:
     return read_findings(FILE)
 
 
-def known(record: StrategyRecord | None) -> list[str]:
+def known(allocation: Allocation) -> list[str]:
     """One line of each study that has tried this way of allocating."""
-    if record is None:
-        return []
-    return [own.sentence for own in _shipped() if own.is_about(record)]
+    return [own.sentence for own in _shipped() if own.is_about(allocation)]

@@ -192,7 +192,7 @@ def allocate(
         refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report, metrics))
-    for said in allocation.known(result.strategy):
+    for said in allocation.known(result):
         screen.note(said)
     screen.note(f"wrote {path}")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from htsr_alloc.allocation.findings import known
-from htsr_alloc.records import FAILED, MARKED, Metrics
+from htsr_alloc.records import FAILED, MARKED, Allocation, Metrics
 from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
 from htsr_alloc.records.results import Result
 
@@ -122,6 +122,6 @@ def _allocations(source: Result, metrics: Metrics, allocations: Sequence[Result]
         if layers != len(metrics.layers):
             text = f"{result.file.file} has {layers} layers, the metrics {len(metrics.layers)}."
             found.append(Caution(text))
-        said = known(getattr(result.record, "strategy", None))
+        said = known(result.record) if isinstance(result.record, Allocation) else []
         found += [Caution(f"{result.file.file}, {sentence}.") for sentence in said]
     return found

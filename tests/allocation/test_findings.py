@@ -18,6 +18,7 @@ FINDING = Finding(
     tasks=("x", "y"),
     rows=400,
     draws=5,
+    unit="experts",
     strategy="alphalora",
     metric="pl_alpha_hill",
     estimator="official",
@@ -26,8 +27,8 @@ FINDING = Finding(
     worse=(),
 )
 SENTENCE = (
-    "known of alphalora on small (x, y; 400 test rows each): better than all 5 random allocations "
-    "on 1 of 2 tasks, worse than all on 0; by chance 0.3 each"
+    "known of alphalora's experts on small (x, y; 400 test rows each): better than all 5 random "
+    "allocations on 1 of 2 tasks, worse than all on 0; by chance 0.3 each"
 )
 
 
@@ -52,13 +53,16 @@ def test_the_shipped_file_holds_findings():
 
 
 def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
-    record = allocate(METRICS, T=30).strategy
-    own = dataclasses.replace(FINDING, estimator=record.estimator)
-    assert own.is_about(record)
+    made = allocate(METRICS, T=30)
+    own = dataclasses.replace(FINDING, estimator=made.strategy.estimator)
+    assert own.is_about(made)
+    ranks = allocate(METRICS, adapter_kind="lora", rank=4)
+    assert not own.is_about(ranks)
+    assert dataclasses.replace(own, unit="ranks").is_about(ranks)
     for other in ({"beta": 2.0}, {"metric": "stable_rank"}, {"strategy": "uniform"}):
-        assert not dataclasses.replace(own, **other).is_about(record)
+        assert not dataclasses.replace(own, **other).is_about(made)
     (tmp_path / "s.csv").write_text("layer,score\n" + "".join(f"{i},{i + 1}\n" for i in range(6)))
-    scored = allocate(METRICS, T=30, scores=read_scores(tmp_path / "s.csv")).strategy
+    scored = allocate(METRICS, T=30, scores=read_scores(tmp_path / "s.csv"))
     assert not own.is_about(scored)
 
 
@@ -73,7 +77,7 @@ def test_the_command_says_it_in_one_line(shipped, invoke, tmp_path):
     for more in (("-q",), ("--beta", 2), ("--strategy", "uniform")):
         done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json", "--force", *more)
         assert "known of" not in done.stderr
-    assert of(None) == []
+    assert of(allocate(None, strategy="explicit", experts=(3, 2))) == []
 
 
 def test_what_is_no_finding_is_one_sentence(tmp_path):

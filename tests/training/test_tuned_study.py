@@ -436,6 +436,28 @@ def test_an_allocation_is_ranked_among_the_random_ones_of_its_system(folder):
     assert chance.ranks(study, done) == []
 
 
+def test_draws_of_one_rate_are_compared_with_a_tuned_row_at_that_rate(folder):
+    low, high = RATES
+    fixed = {"strategy": "random", "learning_rate": high}
+    rows = [
+        {"name": "uniform", "main": True},
+        {"name": "inverse", "strategy": "alphalora", "beta": -1, "learning_rate": high},
+        {"name": "slow", "strategy": "alphalora", "learning_rate": low},
+        {"name": "other grid", "strategy": "alphalora", "learning_rates": [low / 2, low]},
+        *({"name": f"random {i}", "draw": i, **fixed} for i in range(1, 6)),
+    ]
+    study = read_study(saved(folder, {**TUNED, "rows": rows}))
+    done = {("words", f"random {i}", 1, None): result(0.40 + i / 100, None) for i in range(1, 6)}
+    done |= {("words", name, 1, None): result(0.5, None) for name in ("inverse", "slow")}
+    # The best rate on validation rows is the other one.
+    done |= {("words", "uniform", 1, rate): result(0.4 + rate, rate) for rate in RATES}
+    done |= {("words", "other grid", 1, rate): result(0.4, rate) for rate in (low / 2, low)}
+    found = {own.row: own for own in chance.ranks(study, done)}
+    assert set(found) == {"uniform", "inverse"}
+    assert found["uniform"].loss == 0.4 + high
+    assert found["inverse"].outside == "worse"
+
+
 def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
     study = with_random(folder)
     losses = {f"random {i}": 0.40 + i / 100 for i in range(1, 6)}
@@ -446,7 +468,9 @@ def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
             line = result(losses[cell.row.name], cell.rate, fingerprint=fingerprint(study, cell))
             own = {"task": "words", "row": cell.row.name, "seed": 1, "rate": cell.rate}
             store.add(own | line)
-    other = Finding("other.yaml", "m", ("a",), 9, 5, "uniform", None, None, None, (), ("a",))
+    other = Finding(
+        *("other.yaml", "m", ("a",), 9, 5, "ranks", "uniform", None, None, None, (), ("a",))
+    )
     write_findings(folder / "known.json", "other.yaml", [other])
     for _ in range(2):
         done = invoke("study", "study.yaml", "--report", "--evidence", "known.json")
@@ -454,9 +478,9 @@ def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
     found = read_findings(folder / "known.json")
     assert [own.study for own in found] == ["other.yaml", "study.yaml", "study.yaml"]
     assert found[0] == other
-    assert [(own.strategy, own.better, own.worse) for own in found[1:]] == [
-        ("uniform", (), ()),
-        ("alphalora", ("words",), ()),
+    assert [(own.unit, own.strategy, own.better, own.worse) for own in found[1:]] == [
+        ("experts", "uniform", (), ()),
+        ("experts", "alphalora", ("words",), ()),
     ]
     assert (found[2].metric, found[2].beta, found[2].rows, found[2].draws) == (
         *("pl_alpha_hill", 2.5, 40, 5),

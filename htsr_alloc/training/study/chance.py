@@ -38,36 +38,43 @@ class Rank:
 
 def ranks(study: Study, done: Done) -> list[Rank]:
     """Every allocation among the random ones of its system, task by task; none where a draw is
-    missing."""
+    missing.
+
+    They are compared at one rate: each at its best, or where the draws have one rate at that.
+    """
     lines, found = outcomes(study, done), []
+
+    def losses(task: str, row: RowSpec, rate: float | None) -> dict[int, float]:
+        def line(seed: int):
+            if rate is not None and study.tuned(row):
+                return done.get((task, row.name, seed, rate))
+            return lines.get((task, row.name, seed))
+
+        given = {seed: line(seed) for seed in study.seeds}
+        return {seed: x["loss"] for seed, x in given.items() if x and not x.get("diverged")}
+
     for task in study.tasks:
-        losses = {
-            row.name: {
-                seed: line["loss"]
-                for seed in study.seeds
-                if (line := lines.get((task, row.name, seed))) and not line.get("diverged")
-            }
-            for row in study.rows
-        }
         for row in study.rows:
-            draws = [other for other in study.rows if _rivals(row, other)]
-            shared = set(losses[row.name])
-            for draw in draws:
-                shared &= set(losses[draw.name])
-            if not draws or not shared or row.draw is not None:
+            draws = [other for other in study.rows if _rivals(study, row, other)]
+            if not draws or row.draw is not None:
                 continue
-
-            def mean(name: str, seeds: set[int] = shared, own: dict = losses) -> float:
-                return statistics.mean(own[name][seed] for seed in seeds)
-
-            found.append(_rank(task, row.name, mean(row.name), [mean(d.name) for d in draws]))
+            rate = draws[0].learning_rate
+            own, *random = (losses(task, x, rate) for x in (row, *draws))
+            shared = set(own).intersection(*random)
+            if shared:
+                means = [statistics.mean(x[seed] for seed in shared) for x in (own, *random)]
+                found.append(_rank(task, row.name, means[0], means[1:]))
     return found
 
 
-def _rivals(row: RowSpec, draw: RowSpec) -> bool:
+def _rivals(study: Study, row: RowSpec, draw: RowSpec) -> bool:
     """Whether a random row has all that the other has, but the places."""
-    own, other = ((x.system, x.settings, x.match, x.experts, x.learning_rates) for x in (row, draw))
-    return draw.draw is not None and own == other
+    if draw.draw is None:
+        return False
+    own, other = ((x.system, x.settings, x.match, x.experts) for x in (row, draw))
+    rates, fixed = study.rates(row), draw.learning_rate
+    same_rate = row.learning_rate == fixed or (study.tuned(row) and fixed in rates)
+    return own == other and (same_rate if fixed else rates == study.rates(draw))
 
 
 def _rank(task: str, name: str, loss: float, random: Sequence[float]) -> Rank:

@@ -12,9 +12,11 @@ from htsr_alloc.training.study.cells import Done, outcomes
 from htsr_alloc.training.study.chance import Rank, ranks
 from htsr_alloc.training.study.plan import Study
 
+UNITS = {DEFAULT: "experts", "lora": "ranks"}  # what is allocated, by the row's system
+
 
 def findings(study: Study, done: Done, plan: Path) -> list[Finding]:
-    """One of each allocation of AlphaLoRA's mixtures that was ranked among random ones.
+    """One of each allocation of AlphaLoRA's experts, or LoRA's ranks, ranked among random ones.
 
     Rows by score files are left out: an allocation file does not say what they hold.
     """
@@ -26,7 +28,8 @@ def findings(study: Study, done: Done, plan: Path) -> list[Finding]:
     found = []
     for row in study.rows:
         ranked = by_row.get(row.name)
-        if not ranked or row.scores is not None or row.system != DEFAULT or row.settings:
+        unit = UNITS.get(row.system)
+        if not ranked or row.scores is not None or unit is None or row.settings:
             continue
         tasks = tuple(own.task for own in ranked)
         record = study.allocation(row, study.experts, tasks[0]).strategy
@@ -39,6 +42,7 @@ def findings(study: Study, done: Done, plan: Path) -> list[Finding]:
                 tasks=tasks,
                 rows=min(sizes),
                 draws=ranked[0].draws,
+                unit=unit,
                 strategy=record.name,
                 metric=record.metric,
                 estimator=record.estimator,
