@@ -26,7 +26,10 @@ from family_models import TASKS, R, Unfit, classes, tiny_model
 
 @dataclass
 class Family:
-    """How far one family came: ``done`` holds the steps, ``reason`` why there are no more."""
+    """How far one family came: ``done`` holds the steps, ``reason`` why there are no more.
+
+    ``same`` is whether the file's matrices cost what the model's linears do.
+    """
 
     task: str
     name: str
@@ -34,6 +37,7 @@ class Family:
     matrices: int = 0
     asked: int = 0
     trainable: int = 0
+    same: bool = False
     reason: str = ""
 
     @property
@@ -88,7 +92,8 @@ def walk(family: Family, folder: Path) -> Iterator[None]:
 
     from htsr_alloc import allocate, analyze
     from htsr_alloc.allocation import Bounds
-    from htsr_alloc.lora_moe import build
+    from htsr_alloc.allocation.units import costed_layers
+    from htsr_alloc.lora_moe import build, linears_of
 
     base = tiny_model(family.task, family.name)
     base.save_pretrained(folder / "base")
@@ -97,13 +102,17 @@ def walk(family: Family, folder: Path) -> Iterator[None]:
     assert metrics is not None
     family.matrices = len(metrics.matrices)
     yield
-    params = 3 * uniform(metrics)
-    allocation = allocate(metrics, params=params, r=R, bounds=Bounds(1))
+    linears = linears_of(base, metrics)
+    costs = costed_layers(metrics, (), R, linears=linears)
+    family.same = costs == costed_layers(metrics, (), R)
+    params = 3 * sum(unit.cost.of(1) for unit in costs if unit.cost is not None)
+    allocation = allocate(metrics, params=params, r=R, bounds=Bounds(1), linears=linears)
     assert allocation.parameters is not None
     family.asked = allocation.parameters.spent
     yield
     kind = type(base)
     base = kind.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    loaded = base.state_dict()
     model: Any = build(base, allocation, r=R, lora_dropout=0.0)
     family.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield
@@ -122,19 +131,14 @@ def walk(family: Family, folder: Path) -> Iterator[None]:
         want = outcome(model, given)
     model.save_pretrained(folder / "adapter")
     base = kind.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    if not all(torch.equal(value, loaded[n]) for n, value in base.state_dict().items()):
+        raise Unfit("transformers loads other weights than it saved, new ones each time")
     again = PeftModel.from_pretrained(base, folder / "adapter").eval()
     with torch.no_grad():
         got = outcome(again, given)
     if not torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise Unfit("a reloaded adapter gives another output")
     yield
-
-
-def uniform(metrics: Any) -> int:
-    """The parameters of one expert a layer, on every linear that is adapted."""
-    from htsr_alloc.allocation.units import costed_layers
-
-    return sum(unit.cost.of(1) for unit in costed_layers(metrics, (), R) if unit.cost is not None)
 
 
 def move(model: Any) -> None:
@@ -165,7 +169,8 @@ def row(family: Family) -> str:
     counts = f"{family.trainable:,}" if "built" in family.done else ""
     if counts and not family.counted:
         counts = f"{counts} of {family.asked:,}"
-    cells = [family.name, family.task, str(family.matrices or ""), *marks, counts, family.reason]
+    reason = family.reason or ("" if family.same else "by `--model`: the file's matrices differ")
+    cells = [family.name, family.task, str(family.matrices or ""), *marks, counts, reason]
     return f"| {' | '.join(cells)} |"
 
 
@@ -190,7 +195,9 @@ def main() -> None:
         count = sum(step in f.done for f in made)
         print(f", {count} {step} ({count / max(1, len(made)):.1%})", end="")
     equal = sum(f.counted for f in made)
-    print(f", {equal} with the trainable parameters that allocate says;", end=" ")
+    same = sum(f.counted and f.same for f in made)
+    print(f", {equal} with the trainable parameters that allocate says", end="")
+    print(f" ({same} from the metrics alone);", end=" ")
     print(f"{time.perf_counter() - start:.0f} s; transformers {transformers.__version__}")
 
 

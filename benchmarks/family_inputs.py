@@ -21,18 +21,23 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
         Exception: what the model raises of all that are known.
     """
     arguments = inspect.signature(model.forward).parameters
-    known = {n: make(model, arguments) for n, make in MAKERS.items() if n in arguments}
-    first = TEXT if "input_ids" in known else (model.main_input_name,)
+    first = TEXT if "input_ids" in arguments else (model.main_input_name,)
     needed = [n for n, a in arguments.items() if a.default is a.empty]
     if getattr(model.config, "is_encoder_decoder", False):
         needed.append(TARGET)
-    plain = {n: known[n] for n in known if n in first or n in needed}
-    with suppress(Exception), torch.no_grad():
-        outcome(model, plain)
-        return plain
+
+    def given(names: Collection[str]) -> dict[str, Tensor]:
+        taken = (n for n in MAKERS if n in arguments and n in names)
+        return {n: MAKERS[n](model, arguments) for n in taken}
+
     with torch.no_grad():
-        outcome(model, known)
-    return known
+        with suppress(Exception):
+            plain = given((*first, *needed))
+            outcome(model, plain)
+            return plain
+        whole = given(MAKERS)
+        outcome(model, whole)
+    return whole
 
 
 def outcome(model: Any, given: dict[str, Tensor]) -> Tensor:

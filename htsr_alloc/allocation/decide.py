@@ -74,7 +74,7 @@ def allocate(
         return joined(parts, str(asked))
     metrics = scoped(metrics, request)
     if isinstance(asked, Rank):
-        budget = asked.params(metrics, request.targets)
+        budget = asked.params(metrics, request.targets, request.linears)
     else:
         budget = asked.params(metrics) if isinstance(asked, Share) else asked
     metrics, signal = strategy.prepared(metrics, request.scores)
@@ -164,7 +164,7 @@ def _units(
     if request.pool is not None:
         return linear_units(metrics, request.targets, r, routers)
     assert r is not None
-    return costed_layers(metrics, request.targets, r, routers)
+    return costed_layers(metrics, request.targets, r, routers, request.linears)
 
 
 def _scores(

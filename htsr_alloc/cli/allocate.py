@@ -17,7 +17,8 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr_alloc.records import Allocation
+    from htsr_alloc.allocation.linears import Linears
+    from htsr_alloc.records import Allocation, Metrics
 
 
 def allocate(
@@ -38,6 +39,11 @@ def allocate(
     ] = None,
     r: Annotated[
         int | None, "Rank r of one expert, for --params and --target-share; default 8."
+    ] = None,
+    model: Annotated[
+        str | None,
+        "Folder or hub id of the model, on whose linears, known from its config alone, a budget in "
+        "parameters is counted; default on the matrices of its checkpoint.",
     ] = None,
     adapter_kind: Annotated[
         str,
@@ -89,7 +95,7 @@ def allocate(
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
     settings: Annotated[
         list[str] | None,
-        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.request:SETTINGS}.",
+        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.settings:SETTINGS}.",
     ] = None,
     layers: Annotated[int | None, "Number of layers, where there is no metrics file."] = None,
     sensitivity: Annotated[
@@ -172,6 +178,8 @@ def allocate(
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
+    if model is not None:
+        request = replace(request, linears=_linears(model, loaded))
     kind = ".ranks" if adapter_kind == "lora" else ""
     path = output or Path(f"{stem}{kind}.allocation.json")
     files.refuse_overwriting(path, [read for read in (metrics, scores) if read is not None])
@@ -209,6 +217,18 @@ def _refuse_idle(idle: dict[str, bool]) -> None:
     for text, is_idle in idle.items():
         if is_idle:
             raise HtsrError(f"{text}.", "Leave it out.")
+
+
+def _linears(model: str, metrics: Metrics | None) -> Linears:
+    from htsr_alloc.cli.opening import Hub
+    from htsr_alloc.lora_moe.build import empty_model
+    from htsr_alloc.lora_moe.resolve import linears_of
+    from htsr_alloc.training.models import silence
+
+    if metrics is None:
+        raise HtsrError("`model` is about a budget in parameters.", "Leave it out.")
+    silence()
+    return linears_of(empty_model(Hub().folder(model, weights=False)), metrics)
 
 
 def newest_metrics() -> Path:
