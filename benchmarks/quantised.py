@@ -135,7 +135,9 @@ def compressed(form: str, **said: Any) -> Callable[[Weights, Path], Path]:
             state = {"weight": weight}
             if said["type"] == "float":
                 most = groups.abs().amax(-1)
-                state["weight_scale"] = 2.0 ** torch.floor(torch.log2(most) - 2)  # the MX specification
+                state["weight_scale"] = 2.0 ** torch.floor(
+                    torch.log2(most) - 2
+                )  # the MX specification
             else:
                 scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
                 state |= {"weight_scale": scale, "weight_zero_point": zero}

@@ -202,6 +202,14 @@ def selected(metrics: Metrics, targets: Sequence[str]) -> list[Matrix]:
     return [m for m in chosen if any(_is(m.role, target) for target in targets)]
 
 
+def experts_left_alone(metrics: Metrics, targets: Sequence[str]) -> int:
+    """How many matrices are of the base's own experts, which a count by linears or parameters
+    passes over; 0 where they are a target."""
+    if BASE_EXPERTS in targets:
+        return 0
+    return sum(matrix.expert is not None for matrix in metrics.matrices)
+
+
 def module_of(matrix: Matrix) -> str:
     """The full name of the module that owns a matrix."""
     return re.sub(r"[._]?weight$", "", matrix.tensor)

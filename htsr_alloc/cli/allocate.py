@@ -118,6 +118,7 @@ def allocate(
         htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
+    from htsr_alloc.allocation.units import experts_left_alone
     from htsr_alloc.records.keeping import refuse_to_replace
 
     to_stdout = output is not None and str(output) == "-"
@@ -200,6 +201,9 @@ def allocate(
         refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report, metrics))
+    left = experts_left_alone(loaded, request.targets) if loaded is not None else 0
+    if left and (result.modules or result.parameters is not None):
+        screen.note(f"{left} matrices of the base's own experts are passed over: they get none.")
     for said in allocation.known(result.strategy):
         screen.note(said)
     screen.note(f"wrote {path}")
