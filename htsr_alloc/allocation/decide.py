@@ -100,7 +100,8 @@ def allocate(
     if isinstance(budget, Params):
         share = asked.part if isinstance(asked, Share) else None
         r = asked.r if isinstance(asked, Rank) else budget.r
-        spent = Parameters(budget.total, _cost(units, plan), r, share)
+        on = "metrics" if request.linears is None else "model"
+        spent = Parameters(budget.total, _cost(units, plan), r, share, on)
     return Allocation(
         format=Allocation.FORMAT,
         version=Allocation.VERSION,

@@ -129,13 +129,15 @@ class Parameters:
 
     ``r`` is the rank of one expert; of ranks it is the uniform rank that costs ``asked``.
     ``share`` is the part of the base's ``Model.parameters``
-    that ``asked`` was computed from, or null.
+    that ``asked`` was computed from, or null. They were counted on the metrics' matrices,
+    or on the model's linears.
     """
 
     asked: int
     spent: int
     r: int
     share: float | None = None
+    counted_on: Literal["metrics", "model"] = field(default="metrics", metadata=ADDED)
 
 
 @dataclass(frozen=True)

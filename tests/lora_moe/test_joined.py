@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from htsr_alloc import allocate, analyze
 from htsr_alloc.allocation import Request
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build, linears_of
+from htsr_alloc.reports.counts import explain_counts
 
 R = 2
 WIDTHS = {  # (d_out, d_in) as transformers makes them of the file's qkv_proj and up_gate_proj
@@ -64,6 +67,9 @@ def test_what_is_counted_on_the_model_is_what_becomes_trainable(metrics):
     linears = linears_of(gte(), metrics)
     made = allocate(metrics, params=12_000, r=R, linears=linears)
     assert made.parameters.spent == cost(made.experts) <= 12_000
+    assert made.parameters.counted_on == "model"
+    with pytest.raises(HtsrError, match="were counted on the model's linears"):
+        explain_counts(made, metrics)
     assert trainable(build(gte(), made, r=R, lora_dropout=0.0)) == made.parameters.spent
     alone = allocate(metrics, params=12_000, r=R)
     assert trainable(build(gte(), alone, r=R, lora_dropout=0.0)) > alone.parameters.spent
@@ -91,7 +97,8 @@ def test_where_file_and_model_agree_nothing_changes(tmp_path):
     metrics = analyze(tmp_path, estimator="median")
     linears = linears_of(tiny.llama(), metrics)
     asked = {"params": 20_000, "r": R}
-    assert allocate(metrics, linears=linears, **asked) == allocate(metrics, **asked)
+    made, alone = allocate(metrics, linears=linears, **asked), allocate(metrics, **asked)
+    assert replace(made, parameters=replace(made.parameters, counted_on="metrics")) == alone
 
 
 @pytest.mark.parametrize(
