@@ -128,9 +128,8 @@ class Parameters:
     """A budget in trainable parameters: what was asked for, what the counts spend of it.
 
     ``r`` is the rank of one expert; of ranks it is the uniform rank that costs ``asked``.
-    ``share`` is the part of the base's ``Model.parameters``
-    that ``asked`` was computed from, or null. They were counted on the metrics' matrices,
-    or on the model's linears.
+    ``share`` is the part of the base's ``Model.parameters`` that ``asked`` was computed from, or
+    null. ``counted_on`` is the metrics' matrices, or the model's linears.
     """
 
     asked: int
