@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from families import R, classes, first_line, tiny_model
+from families import first_line
+from family_models import R, classes, tiny_model
 
 
 def row(task: str, name: str, folder: Path) -> list[str] | None:

@@ -19,10 +19,11 @@ from htsr_alloc.allocation.budget import (
 from htsr_alloc.allocation.decide import allocate
 from htsr_alloc.allocation.findings import known
 from htsr_alloc.allocation.quotas import beta_of_spread, quotas
-from htsr_alloc.allocation.request import Request, keywords_of, read_settings
+from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.rounding import REPAIRS, Bounds, repair_official, repair_remainder
 from htsr_alloc.allocation.scorefile import Scores, read_scores
 from htsr_alloc.allocation.scores import Metric, layer_scores
+from htsr_alloc.allocation.settings import keywords_of, read_settings
 from htsr_alloc.allocation.strategies import (
     STRATEGIES,
     AlphaLora,

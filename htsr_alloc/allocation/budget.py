@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from htsr_alloc.allocation.units import cost_of, selected
+from htsr_alloc.allocation.linears import Linears
+from htsr_alloc.allocation.units import costed_layers
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Metrics
 
@@ -73,7 +74,9 @@ class Rank:
     def __post_init__(self) -> None:
         check_rank(self.r, "rank")
 
-    def params(self, metrics: Metrics | None, targets: Sequence[str]) -> Params:
+    def params(
+        self, metrics: Metrics | None, targets: Sequence[str], linears: Linears | None = None
+    ) -> Params:
         """As a number of parameters; what is shared out is one rank at a time.
 
         Raises:
@@ -84,8 +87,9 @@ class Rank:
                 "The parameters of a rank are known from metrics only.",
                 "Run htsr analyze first, and name its file.",
             )
-        uniform = cost_of(selected(metrics, targets), self.r, metrics.model, routers=False)
-        return Params(uniform.of(1), 1, routers=False)
+        uniform = costed_layers(metrics, targets, self.r, routers=False, linears=linears)
+        total = sum(unit.cost.of(1) for unit in uniform if unit.cost is not None)
+        return Params(total, 1, routers=False)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def allocate(
         return joined(parts, str(asked))
     metrics = scoped(metrics, request)
     if isinstance(asked, Rank):
-        budget = asked.params(metrics, request.targets)
+        budget = asked.params(metrics, request.targets, request.linears)
     else:
         budget = asked.params(metrics) if isinstance(asked, Share) else asked
     metrics, signal = strategy.prepared(metrics, request.scores)
@@ -100,7 +100,8 @@ def allocate(
     if isinstance(budget, Params):
         share = asked.part if isinstance(asked, Share) else None
         r = asked.r if isinstance(asked, Rank) else budget.r
-        spent = Parameters(budget.total, _cost(units, plan), r, share)
+        on = "metrics" if request.linears is None else "model"
+        spent = Parameters(budget.total, _cost(units, plan), r, share, on)
     return Allocation(
         format=Allocation.FORMAT,
         version=Allocation.VERSION,
@@ -164,7 +165,7 @@ def _units(
     if request.pool is not None:
         return linear_units(metrics, request.targets, r, routers)
     assert r is not None
-    return costed_layers(metrics, request.targets, r, routers)
+    return costed_layers(metrics, request.targets, r, routers, request.linears)
 
 
 def _scores(

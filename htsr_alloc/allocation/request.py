@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from htsr_alloc.allocation.budget import (
     ADAPTERS,
@@ -16,14 +16,15 @@ from htsr_alloc.allocation.budget import (
     Stacks,
     check_rank,
 )
+from htsr_alloc.allocation.linears import Linears
 from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
 from htsr_alloc.allocation.scope import EVERYTHING, OVER
 from htsr_alloc.allocation.scorefile import Scores
 from htsr_alloc.allocation.scores import Metric
+from htsr_alloc.allocation.settings import strategy_of
 from htsr_alloc.allocation.strategies import STRATEGIES, AlphaLora, Strategy
 from htsr_alloc.allocation.units import BASE_EXPERTS, POOLS
 from htsr_alloc.errors import HtsrError, check_choice
-from htsr_alloc.records.convert import convert
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Request:
         stack: one stack of layers, by its name or a part of it; None is all of them.
         score_over: of ``OVER``, the matrices that a layer's score is the mean over: ``all`` of the
             layer, or the ``adapted`` ones, which get experts.
+        linears: the model's (``lora_moe.linears_of``), on which parameters are counted in place of
+            the metrics' matrices, and whose names ``targets`` are then ends of.
 
     Raises:
         HtsrError: fields that contradict each other.
@@ -67,6 +70,7 @@ class Request:
     layers: int | None = None
     stack: str | None = None
     score_over: str = EVERYTHING
+    linears: Linears | None = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -95,6 +99,12 @@ class Request:
                 "A count for each layer is for all linears of the layer, so that `targets` means "
                 "nothing.",
                 "Leave it out, or give `per_module`, or a budget in parameters.",
+            )
+        elsewhere = self.pool or not by_params or BASE_EXPERTS in self.targets
+        if self.linears is not None and elsewhere:
+            raise HtsrError(
+                "A model's linears are for a budget in parameters, of layers.",
+                "Leave out `model`, or `per_module` and the target experts, and give `params`.",
             )
         if self.repair != REMAINDER and by_params:
             raise HtsrError(f"`repair` {self.repair} repairs a sum of experts.", "Give `T`.")
@@ -169,6 +179,7 @@ class Request:
         layers: int | None = None,
         stack: str | None = None,
         score_over: str = EVERYTHING,
+        linears: Linears | None = None,
         **settings: Any,
     ) -> Request:
         """A request from keywords, as ``htsr allocate`` has options.
@@ -195,7 +206,7 @@ class Request:
         if pool is not None and not per_module:
             raise HtsrError(f"`pool` {pool} is about `per_module`.", "Give both, or neither.")
         return cls(
-            _strategy(strategy, settings),
+            strategy_of(strategy, settings),
             _budget(adapter_kind, T, params, target_share, r, rank, budget),
             Metric(metric) if metric is not None else scores,
             (pool or "role") if per_module else None,
@@ -206,62 +217,8 @@ class Request:
             layers,
             stack,
             score_over,
+            linears,
         )
-
-
-def keywords_of(strategy: str) -> set[str]:
-    """The keywords of ``Request.of`` that mean something to this strategy, besides the common."""
-    check_choice("strategy", strategy, STRATEGIES)
-    by_scores = {"metric", "scores", "per_module", "pool", "repair", "score_over"}
-    return _settings(strategy) | (by_scores if STRATEGIES[strategy].uses_scores else set())
-
-
-def read_settings(strategy: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of a strategy from texts, each as the type of its field.
-
-    Raises:
-        HtsrError: a setting that the strategy does not have, or a text that is not of its type.
-    """
-    check_choice("strategy", strategy, STRATEGIES)
-    kinds: dict[str, Any] = get_type_hints(STRATEGIES[strategy])
-    made: dict[str, Any] = {}
-    for key, text in texts.items():
-        check_choice("setting", key, SETTINGS)
-        _check_owner(strategy, key)
-        try:
-            made[key] = convert(kinds[key], text, key, lax=True)
-        except ValueError as error:
-            raise HtsrError(f"{error}.") from None
-    return made
-
-
-def _settings(strategy: str) -> set[str]:
-    return {each.name for each in fields(STRATEGIES[strategy])}
-
-
-SETTINGS = sorted({key for name in STRATEGIES for key in _settings(name)})  # of all strategies
-
-
-def _check_owner(strategy: str, key: str) -> None:
-    """Refuse a setting of other strategies."""
-    owners = [other for other in STRATEGIES if key in _settings(other)]
-    if owners and strategy not in owners:
-        raise HtsrError(
-            f"`{key}` belongs to the {', '.join(owners)} strategy, not to {strategy}.",
-            f"Leave it out, or give `strategy` {owners[0]}.",
-        )
-
-
-def _strategy(name: str, settings: dict[str, Any]) -> Strategy:
-    given = {key: value for key, value in settings.items() if value not in (None, (), [])}
-    for key in given:
-        _check_owner(name, key)
-    return STRATEGIES[name](
-        **{
-            key: tuple(cast(Sequence[Any], v)) if isinstance(v, Sequence) else v
-            for key, v in given.items()
-        }
-    )
 
 
 def _budget(

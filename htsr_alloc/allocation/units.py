@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from htsr_alloc.allocation.linears import Linears
 from htsr_alloc.checkpoints.rules import EXPERT, GATE_OF, left_alone
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Matrix, Metrics, Model
@@ -68,23 +69,54 @@ def layer_units(prefixes: Sequence[str | None]) -> list[Unit]:
 
 
 def costed_layers(
-    metrics: Metrics, targets: Sequence[str], r: int, routers: bool = True
+    metrics: Metrics,
+    targets: Sequence[str],
+    r: int,
+    routers: bool = True,
+    linears: Linears | None = None,
 ) -> list[Unit]:
     """One unit a layer; its cost is that of one expert of rank ``r`` on each targeted linear.
 
-    A layer without any has no unit.
+    A layer without any has no unit. The linears are the metrics' matrices, or the model's where
+    they are given.
 
     Raises:
         HtsrError: a target that no layer has, or nothing to adapt.
     """
-    chosen = selected(metrics, targets)
-    units: list[Unit] = []
+    if linears is None:
+        chosen = selected(metrics, targets)
+        found = {
+            layer.layer: [matrix for matrix in chosen if matrix.layer == layer.layer]
+            for layer in metrics.layers
+        }
+        costs = {i: cost_of(own, r, metrics.model, routers) for i, own in found.items() if own}
+    else:
+        costs = _costs_in(linears, metrics, targets, r, routers)
+    return [
+        Unit(layer.layer, layer.prefix, cost=costs[layer.layer])
+        for layer in metrics.layers
+        if layer.layer in costs
+    ]
+
+
+def _costs_in(
+    linears: Linears, metrics: Metrics, targets: Sequence[str], r: int, routers: bool
+) -> dict[int, ExpertCost]:
+    """Layer -> the cost of one expert on each of the model's linears in it, if it has any."""
+    found, costs = linears.targeted(targets), dict[int, ExpertCost]()
     for layer in metrics.layers:
-        own = [matrix for matrix in chosen if matrix.layer == layer.layer]
+        own = found.get(layer.prefix)
+        if own is None:
+            raise HtsrError(
+                f"{layer.prefix} of the metrics is not among the model's blocks.",
+                "Give the model that was analysed.",
+            )
         if own:
-            cost = cost_of(own, r, metrics.model, routers)
-            units.append(Unit(layer.layer, layer.prefix, cost=cost))
-    return units
+            lora = sum(r * (linear.d_in + linear.d_out) for linear in own)
+            costs[layer.layer] = ExpertCost(lora, routers * sum(linear.d_in for linear in own))
+    if not costs:
+        raise HtsrError("No linear of the model is adapted.")
+    return costs
 
 
 def linear_units(
@@ -168,6 +200,14 @@ def selected(metrics: Metrics, targets: Sequence[str]) -> list[Matrix]:
     if not targets:
         return chosen
     return [m for m in chosen if any(_is(m.role, target) for target in targets)]
+
+
+def experts_left_alone(metrics: Metrics, targets: Sequence[str]) -> int:
+    """How many matrices are of the base's own experts, which a count by linears or parameters
+    passes over; 0 where they are a target."""
+    if BASE_EXPERTS in targets:
+        return 0
+    return sum(matrix.expert is not None for matrix in metrics.matrices)
 
 
 def module_of(matrix: Matrix) -> str:

@@ -206,7 +206,7 @@ def _check_content(
         entry = entries[matrix.name]
         if entry.stamp != checkpoint.stamp(matrix.ref):
             digest = hashlib.sha256()
-            checkpoint.read(matrix.ref, matrix.index, digest)
+            matrix.read(checkpoint, digest)
             if digest.hexdigest() != entry.sha256:
                 raise another(journal, "checkpoint", f"other weights in {matrix.name}")
 

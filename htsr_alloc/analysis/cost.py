@@ -41,7 +41,7 @@ def matrix_bytes(matrix: MatrixRef, engine: str = "auto") -> int:
     from htsr_alloc.spectra import lapack
 
     m, n = max(matrix.shape), min(matrix.shape)
-    whole = 1 if matrix.half is None else 3  # of which one half is copied
+    whole = 1 if matrix.alone else 3  # of which one half is copied
     if matrix.ref.packed is None:
         size = FLOAT_DTYPES[matrix.ref.dtype][0]
         stored = whole * m * n * (size if size > 1 else 5)
@@ -83,7 +83,10 @@ def transfer(checkpoint: Checkpoint, matrices: Sequence[MatrixRef]) -> Transfer:
     """What reading the matrices moves over the network and onto the disk."""
     wanted = {shard for m in matrices for shard in checkpoint.shards_of(m.ref)}
     in_order = [shard for shard in checkpoint.listing.shards if shard in wanted]
-    tensors = sum({(m.ref.name, m.half): m.ref.nbytes for m in matrices}.values())
+    read = {
+        (m.ref.name, m.half): m.ref.nbytes // (2 if m.half and m.alone else 1) for m in matrices
+    }
+    tensors = sum(read.values())
     return checkpoint.store.transfer(in_order, tensors)
 
 

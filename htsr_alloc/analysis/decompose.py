@@ -80,7 +80,7 @@ def decompose_all(
 
     def decompose(matrix: MatrixRef) -> Entry:
         digest = hashlib.sha256()
-        weight = matrix.of(checkpoint.read(matrix.ref, matrix.index, digest))
+        weight = matrix.read(checkpoint, digest)
         if here.device.type == "cuda":
             weight = weight.pin_memory()
         found = spectrum(

@@ -59,7 +59,8 @@ class HubCache:
             if not path.exists():
                 path.unlink(missing_ok=True)  # a link to a blob that was deleted
                 with suppress(FileExistsError):
-                    path.symlink_to(Path("..", "..", "blobs", blob.name))
+                    up = [".."] * (2 + file.name.count("/"))
+                    path.symlink_to(Path(*up, "blobs", blob.name))
         except OSError as error:
             raise files.cannot("write", path, error) from error
         return path

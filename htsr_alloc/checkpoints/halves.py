@@ -27,6 +27,15 @@ class Half:
     inputs_first: bool
     interleaved: bool
 
+    @property
+    def together(self) -> bool:
+        """Whether its rows lie one after the other in the file."""
+        return not self.inputs_first and not self.interleaved
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """Where they begin and end among the ``count`` of both, if they lie together."""
+        return (count // 2, count) if self.word == UP else (0, count // 2)
+
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """(d_out, d_in) of the joined matrix."""
         both = weight.T if self.inputs_first else weight

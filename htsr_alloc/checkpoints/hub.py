@@ -33,6 +33,7 @@ WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_c
 READ = [*WANTED, "*.gguf"]
 MODEL = [*WANTED, "*.json", "*.jinja", "merges.txt", "*.model"]  # and the tokenizer
 NAME = re.compile(r"[^/\\:\0\ud800-\udfff]{1,200}")
+SUB_FOLDERS = re.compile(rf"({NAME.pattern}/)+{NAME.pattern}\.gguf")  # of which only GGUF is read
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -136,7 +137,8 @@ def _online(
 def _list_files(
     ranges: Ranges, repo_id: str, revision: str | None
 ) -> tuple[str, list[str], dict[str, RemoteFile]]:
-    """A revision's commit, the names of its files outside sub-folders, and the files to read.
+    """A revision's commit, the names of its files outside sub-folders and of its GGUF files, and
+    the files to read.
 
     Raises:
         HtsrError: as ``open_hub``, or an invalid listing.
@@ -155,7 +157,7 @@ def _list_files(
     names, remote = [], {}
     for file in files:
         name = file.get("rfilename") if isinstance(file, dict) else None
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not _is_read(name):
             continue  # in a sub-folder, or nothing that a checkpoint has
         names.append(name)
         if any(fnmatchcase(name, pattern) for pattern in READ):
@@ -167,6 +169,12 @@ def _list_files(
             place = huggingface_hub.hf_hub_url(repo_id, name, revision=commit)
             remote[name] = RemoteFile(place, name, commit, size, sha256, blob)
     return commit, names, remote
+
+
+def _is_read(name: str) -> bool:
+    """Whether a listed name is one that a checkpoint's file may have."""
+    inside = SUB_FOLDERS.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
+    return inside or NAME.fullmatch(name) is not None
 
 
 def _offline(repo_id: str, file: str | None, revision: str | None, root: Path) -> Checkpoint:
@@ -188,6 +196,7 @@ def _offline(repo_id: str, file: str | None, revision: str | None, root: Path) -
                 )
             )
         there_are = [path.name for path in folder.iterdir()]
+        there_are += [str(path.relative_to(folder)) for path in folder.glob("*/**/*.gguf")]
         chosen = file or gguf.only_model(there_are)
         if chosen is None:
             return dataclasses.replace(open_folder(folder), name=repo_id, revision=folder.name)

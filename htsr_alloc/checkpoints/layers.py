@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from htsr_alloc.checkpoints.halves import Half, halves_of
 from htsr_alloc.checkpoints.listing import TensorRef, natural
@@ -28,6 +28,8 @@ from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
     import torch
+
+    from htsr_alloc.checkpoints.reading import Checkpoint
 
 # The word before a block's number, by the families that use it. A number after any other word
 # makes a block only when the same weights recur under at least two numbers; and bare weights
@@ -86,9 +88,19 @@ class MatrixRef:
             return rows, columns
         return (columns // 2, rows) if self.half.inputs_first else (rows // 2, columns)
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The matrix, from the tensor or the slice that was read."""
-        return weight.reshape(self.shape) if self.half is None else self.half.of(weight)
+    @property
+    def alone(self) -> bool:
+        """Whether it is all that is read for it: a half may be read with the other."""
+        return self.half is None or (self.half.together and self.ref.packed is None)
+
+    def read(self, checkpoint: Checkpoint, digest: Any = None) -> torch.Tensor:
+        """The matrix (CPU), as ``Checkpoint.read`` reads its tensor or slice."""
+        if self.half is None:
+            return checkpoint.read(self.ref, self.index, digest).reshape(self.shape)
+        if self.alone:
+            rows = self.half.rows(self.ref.shape[-2])
+            return checkpoint.read(self.ref, self.index, digest, rows)
+        return self.half.of(checkpoint.read(self.ref, self.index, digest))
 
     @property
     def module(self) -> str:

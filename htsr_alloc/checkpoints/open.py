@@ -15,7 +15,7 @@ from htsr_alloc.errors import HtsrError
 
 SHARDS = ("keep", "drop", "stream")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([^/]+\.gguf)")
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/((?:[^/]+/)*[^/]+\.gguf)")
 
 
 def open_checkpoint(
@@ -31,7 +31,8 @@ def open_checkpoint(
 
     Args:
         source: a ``.safetensors`` or ``.gguf`` file, a folder, a hub id (``org/name``), or a GGUF
-            file of one (``org/name/FILE.gguf``). What exists on disk is taken first.
+            file of one (``org/name/FILE.gguf``, ``org/name/FOLDER/FILE.gguf``). What exists on
+            disk is taken first.
         revision, token, cache_dir, offline: passed to huggingface_hub for a hub id.
         shards: what is done with a hub id's weights. ``keep`` downloads them to the hub's cache,
             ``drop`` keeps each file only until its matrices are done, ``stream`` reads byte

@@ -81,8 +81,17 @@ class Checkpoint:
                 return value
         return None
 
-    def read(self, ref: TensorRef, index: int | None = None, digest: Any = None) -> torch.Tensor:
+    def read(
+        self,
+        ref: TensorRef,
+        index: int | None = None,
+        digest: Any = None,
+        rows: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
         """One tensor, or slice ``index`` of its first axis (CPU): as stored, or dequantised.
+
+        Of a tensor that is not quantised ``rows`` may be the first of those wanted and the one
+        after the last.
 
         What was quantised is returned in float32. All that the result depends on, the stored
         bytes and then the settings of the format, is fed to ``digest`` (a hashlib object).
@@ -94,7 +103,8 @@ class Checkpoint:
         if ref.packed is None:
             if not ref.is_float:
                 raise HtsrError(f"{ref.name} is of dtype {ref.dtype}, which is not read.")
-            return self._raw(ref, index, digest)
+            return self._raw(ref, index, digest, rows)
+        assert rows is None
         parts = {}
         for role, part in ref.packed.parts:
             own = index is not None and part.shape[:1] == ref.shape[:1]  # each expert its own
@@ -112,7 +122,13 @@ class Checkpoint:
         """The files that reading ``ref`` needs."""
         return {self.listing.shards[part.shard] for part in ref.stored}
 
-    def _raw(self, ref: TensorRef, index: int | None, digest: Any) -> torch.Tensor:
+    def _raw(
+        self,
+        ref: TensorRef,
+        index: int | None,
+        digest: Any,
+        rows: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
         import torch
 
         if ref.dtype not in PART_DTYPES:
@@ -122,6 +138,9 @@ class Checkpoint:
         if index is not None:
             shape = shape[1:]
             begin += index * math.prod(shape) * size
+        if rows is not None:
+            shape = (rows[1] - rows[0], *shape[1:])
+            begin += rows[0] * math.prod(shape[1:]) * size
         raw = torch.empty(math.prod(shape) * size, dtype=torch.uint8)
         view = raw.numpy().data
         if len(view):

@@ -34,6 +34,7 @@ ROUTER_NAMES = r"(gate|router\w*|router\w*\.\w+|shared_expert_gate|wg)"
 LEFT_ALONE = (
     (r"(^|\.)dt_proj$", "the model reads its weight without calling it"),
     (r"(^|\.)indexer\.", "what it picks has no gradient"),
+    (r"(^|\.)(o_a_proj|wo_a)$", "each group of its inputs meets its own rows"),
     (rf"(^|\.){HEADS_APART}$", "its heads are a dimension of one tensor, not of a linear module"),
 )
 EXPERT = "one of the base's own experts"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 from htsr_alloc import files
 from htsr_alloc.checkpoints.cache import HubCache, download
@@ -113,7 +114,7 @@ class DroppedShards(CachedShards):
             if self._held is None:
                 return
             with suppress(OSError):
-                (self.folder / shard.name).unlink(missing_ok=True)
+                self._path(shard.name).unlink(missing_ok=True)
                 if {path.name for path in self.folder.iterdir()} == {"lock"}:
                     (self.folder / "lock").unlink()
                     self.folder.rmdir()
@@ -130,16 +131,19 @@ class DroppedShards(CachedShards):
         found = self.cached(name)
         if found is not None:
             return found
-        path = self.folder / name
+        path = self._path(name)
         try:
             self._hold()
             if not path.exists():
-                partial = path.with_name(name + ".partial")
+                partial = path.with_name(path.name + ".partial")
                 download(self.remote[name], self.ranges, partial)
                 partial.replace(path)
         except OSError as error:
             raise files.cannot("write", path, error) from error
         return path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / quote(name, safe="")  # without a folder inside
 
     def _hold(self) -> None:
         """The folder for this run alone."""

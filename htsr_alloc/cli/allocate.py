@@ -17,7 +17,8 @@ from htsr_alloc.cli.screen import Screen
 from htsr_alloc.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr_alloc.records import Allocation
+    from htsr_alloc.allocation.linears import Linears
+    from htsr_alloc.records import Allocation, Metrics
 
 
 def allocate(
@@ -38,6 +39,11 @@ def allocate(
     ] = None,
     r: Annotated[
         int | None, "Rank r of one expert, for --params and --target-share; default 8."
+    ] = None,
+    model: Annotated[
+        str | None,
+        "Folder or hub id of the model, on whose linears, known from its config alone, a budget in "
+        "parameters is counted; default on the matrices of its checkpoint.",
     ] = None,
     adapter_kind: Annotated[
         str,
@@ -89,7 +95,7 @@ def allocate(
     experts: Annotated[str | None, "Counts of the explicit strategy, as 1,3,5."] = None,
     settings: Annotated[
         list[str] | None,
-        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.request:SETTINGS}.",
+        "Setting of the strategy as NAME=VALUE; repeatable. Names: {allocation.settings:SETTINGS}.",
     ] = None,
     layers: Annotated[int | None, "Number of layers, where there is no metrics file."] = None,
     sensitivity: Annotated[
@@ -112,6 +118,7 @@ def allocate(
         htsr allocate --for lora --rank 16 -o lora.allocation.json
     """
     from htsr_alloc import allocation, files, records
+    from htsr_alloc.allocation.units import experts_left_alone
     from htsr_alloc.records.keeping import refuse_to_replace
 
     to_stdout = output is not None and str(output) == "-"
@@ -172,6 +179,8 @@ def allocate(
         for layer in loaded.layers:
             if layer.unfitted:
                 screen.warn(f"{layer.prefix}: {layer.reason}; its value is the mean of the rest.")
+    if model is not None:
+        request = replace(request, linears=_linears(model, loaded))
     kind = ".ranks" if adapter_kind == "lora" else ""
     path = output or Path(f"{stem}{kind}.allocation.json")
     files.refuse_overwriting(path, [read for read in (metrics, scores) if read is not None])
@@ -192,6 +201,9 @@ def allocate(
         refuse_to_replace(path, records.Allocation, lambda there: _difference(there, result))
     files.write_text(path, records.dumps(result))
     screen.show(views.allocation(result, report, metrics))
+    left = experts_left_alone(loaded, request.targets) if loaded is not None else 0
+    if left and (result.modules or result.parameters is not None):
+        screen.note(f"{left} matrices of the base's own experts are passed over: they get none.")
     for said in allocation.known(result):
         screen.note(said)
     screen.note(f"wrote {path}")
@@ -209,6 +221,18 @@ def _refuse_idle(idle: dict[str, bool]) -> None:
     for text, is_idle in idle.items():
         if is_idle:
             raise HtsrError(f"{text}.", "Leave it out.")
+
+
+def _linears(model: str, metrics: Metrics | None) -> Linears:
+    from htsr_alloc.cli.opening import Hub
+    from htsr_alloc.lora_moe.build import empty_model
+    from htsr_alloc.lora_moe.resolve import linears_of
+    from htsr_alloc.training.models import silence
+
+    if metrics is None:
+        raise HtsrError("`model` is about a budget in parameters.", "Leave it out.")
+    silence()
+    return linears_of(empty_model(Hub().folder(model, weights=False)), metrics)
 
 
 def newest_metrics() -> Path:

@@ -71,7 +71,8 @@ def build(
     if same and counted is not None and counted.spent != trainable:
         screen.warn(
             f"The allocation counted {counted.spent:,} trainable parameters: transformers splits "
-            "or joins matrices of this checkpoint (q, k and v; gate and up) when it loads it."
+            "or joins matrices of this checkpoint (q, k and v; gate and up) when it loads it. "
+            "htsr allocate --model counts what it makes of them."
         )
     if control is not None and text is not None:
         files.write_text(control, text)

@@ -21,6 +21,7 @@ from htsr_alloc.lora_moe.callbacks import RouterLossCallback, router_aux_loss
 from htsr_alloc.lora_moe.collapse import Collapsed, collapse
 from htsr_alloc.lora_moe.config import LoraMoeConfig
 from htsr_alloc.lora_moe.model import LoraMoeModel
+from htsr_alloc.lora_moe.resolve import linears_of
 from htsr_alloc.lora_moe.routing import RouterReport, plot_routing, routing_report
 from htsr_alloc.lora_moe.systems.em_lora.bilevel import BilevelMixin, activation_parameters
 from htsr_alloc.lora_moe.systems.em_lora.figure import plot_activations
@@ -38,6 +39,7 @@ __all__ = [
     "build",
     "collapse",
     "config_for",
+    "linears_of",
     "plot_activations",
     "plot_routing",
     "router_aux_loss",

@@ -94,13 +94,23 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.aux_weight[adapter] = 0.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output plus the active adapters', in the base's dtype. (..., d_out)."""
-        base = result = self.base_layer(x, *args, **kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output plus the active adapters', in the base's dtype. (..., d_out).
+
+        Of a base that returns a tuple (I-BERT's do) the first is its output.
+        """
+        made = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return base
+            return made
+        if isinstance(made, tuple):
+            return self.adapted(x, made[0]), *made[1:]
+        return self.adapted(x, made)
+
+    def adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """W₀x, which is ``base``, plus the acting adapters' Δ(x). (..., d_out)."""
         if self.state.tenants is not None:
             return self.mixed(x, base)
+        result = base
         for adapter in self.active_adapters:
             if adapter in self.mixture and not self.mixture[adapter].system.idle(self, adapter):
                 result = self.adapt(result, x, adapter, base)

@@ -49,11 +49,15 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear, quantised ones too; None of any other module."""
+    """(d_in, d_out) of a linear, quantised ones too; None of any other module.
+
+    A grouped linear is none: each group of its inputs meets its own rows of the weight.
+    """
     if type(module).__name__ == "Conv1D":
         d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
         return int(d_in), int(d_out)
-    named = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+    kind = type(module).__name__
+    named = (isinstance(module, nn.Linear) or "Linear" in kind) and "Grouped" not in kind
     if named and not isinstance(module, BaseTunerLayer):
         d_in = getattr(module, "in_features", getattr(module, "infeatures", None))
         d_out = getattr(module, "out_features", getattr(module, "outfeatures", None))
@@ -111,7 +115,8 @@ class LeftAlone:
 def left_alone_in(model: nn.Module, prefixes: Sequence[str]) -> list[LeftAlone]:
     """What ``left_out`` names in these blocks, and the experts that are no linears."""
     modules = dict(model.named_modules())
-    found = {name: why for name, why in left_out(model).items() if widths(modules[name])}
+    linear = {n for n, m in modules.items() if widths(m) or isinstance(m, nn.Linear)}
+    found = {name: why for name, why in left_out(model).items() if name in linear}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and is_mixture(name, 3) and "lora_moe_" not in name:
             found[name] = f"{EXPERT}, {len(parameter)} in one tensor"

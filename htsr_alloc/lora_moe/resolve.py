@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from htsr_alloc.allocation import allocate
+from htsr_alloc.allocation.linears import Linear, Linears
 from htsr_alloc.allocation.units import BASE_EXPERTS
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.fused import own_experts
 from htsr_alloc.lora_moe.linears import feed_forward, left_out, widths
 from htsr_alloc.lora_moe.names import Names
 from htsr_alloc.lora_moe.systems import System
-from htsr_alloc.records import Allocation, Evidence
+from htsr_alloc.records import Allocation, Evidence, Metrics
 
 
 def renamed(model: nn.Module, allocation: Allocation, prefixes: Sequence[str]) -> Allocation:
@@ -87,6 +89,34 @@ def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
     if len(found) < count or total != count:
         raise mismatch
     return found
+
+
+def linears_of(model: nn.Module, metrics: Metrics) -> Linears:
+    """The linears that ``build`` adapts in each layer of the metrics, for ``allocate``'s budgets.
+
+    They are others than the metrics' matrices where transformers splits or joins these as it loads
+    them.
+
+    Args:
+        model: as transformers makes it; one without weights will do.
+
+    Raises:
+        HtsrError: the model is another than the metrics'.
+    """
+    each = (1,) * len(metrics.layers)
+    blocks = resolve_layers(model, allocate(metrics, strategy="explicit", experts=each))
+    avoided = left_out(model)
+    sizes = {
+        name: found
+        for name, module in model.named_modules()
+        if name not in avoided and (found := widths(module)) is not None
+    }
+    rows = [
+        tuple(Linear(name, *sizes[name]) for name in sizes if name.startswith(block + "."))
+        for block in blocks
+    ]
+    prefixes = [layer.prefix for layer in metrics.layers]
+    return Linears(tuple(zip(prefixes, rows, strict=True)))
 
 
 def _is_stack(blocks: nn.ModuleList) -> bool:

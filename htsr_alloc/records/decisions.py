@@ -128,14 +128,15 @@ class Parameters:
     """A budget in trainable parameters: what was asked for, what the counts spend of it.
 
     ``r`` is the rank of one expert; of ranks it is the uniform rank that costs ``asked``.
-    ``share`` is the part of the base's ``Model.parameters``
-    that ``asked`` was computed from, or null.
+    ``share`` is the part of the base's ``Model.parameters`` that ``asked`` was computed from, or
+    null. ``counted_on`` is the metrics' matrices, or the model's linears.
     """
 
     asked: int
     spent: int
     r: int
     share: float | None = None
+    counted_on: Literal["metrics", "model"] = field(default="metrics", metadata=ADDED)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _request(allocation: Allocation) -> Request:
     """What the allocation was asked for.
 
     Raises:
-        HtsrError: its counts do not go by the layers' means of PL_Alpha_Hill.
+        HtsrError: its counts do not go by the layers' means of PL_Alpha_Hill, or by a model.
     """
     made = allocation.strategy
     if made is None or not _by_means(made):
@@ -80,6 +80,11 @@ def _request(allocation: Allocation) -> Request:
             "Explain its metrics alone: htsr explain METRICS.",
         )
     money = allocation.parameters
+    if money is not None and money.counted_on == "model":
+        raise HtsrError(
+            "Its parameters were counted on the model's linears, which are not in the metrics.",
+            "Explain its metrics alone: htsr explain METRICS.",
+        )
     budget: Experts | Params | Rank = Experts(allocation.budget)
     if money is not None:
         rank = allocation.holds_ranks

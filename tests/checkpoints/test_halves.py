@@ -11,9 +11,10 @@ from helpers.mixtures import MIXTURES
 from safetensors.numpy import load_file, save_file
 
 from htsr_alloc import analyze
-from htsr_alloc.analysis.cost import matrix_bytes
+from htsr_alloc.analysis.cost import matrix_bytes, transfer
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
+from htsr_alloc.checkpoints.shards import StreamedShards
 from htsr_alloc.reports.compare import compare
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 3, 64, 56
@@ -118,14 +119,32 @@ def test_a_model_that_transformers_saves_both_ways(name, tmp_path):
     assert compare(apart, whole).same(1e-9)
 
 
-def test_a_half_counts_what_is_read_for_it(tmp_path):
-    folder = saved(
-        tmp_path / "a", joined(weights(), *STORED["MixtralForCausalLM"]), "MixtralForCausalLM"
+@pytest.mark.parametrize(("architecture", "times"), [("MixtralForCausalLM", 1),
+                                                     ("Llama4ForCausalLM", 2)])  # fmt: skip
+def test_a_slice_is_read_once_where_its_halves_lie_apart(
+    tmp_path, monkeypatch, architecture, times
+):
+    folder = saved(tmp_path / "a", joined(weights(), *STORED[architecture]), architecture)
+    checkpoint, read = open_checkpoint(folder), []
+    layers = map_layers(checkpoint.tensors, architecture=architecture)
+    store = type(checkpoint.store).read
+    monkeypatch.setattr(
+        type(checkpoint.store),
+        "read",
+        lambda own, shard, begin, into: read.append(len(into)) or store(own, shard, begin, into),
     )
-    matrices = map_layers(open_checkpoint(folder).tensors).matrices
-    half = next(m for m in matrices if m.half)
+    halves = [m for m in layers.matrices if m.half]
+    for matrix in halves:
+        matrix.read(checkpoint)
+    assert len(halves) == LAYERS * EXPERTS * 2
+    whole = LAYERS * EXPERTS * 2 * 4 * INNER * HIDDEN  # bytes of every gate and up
+    assert sum(read) == times * whole
+    store = StreamedShards(None, {})
+    assert transfer(replace(checkpoint, store=store), halves).download == times * whole
+    half = halves[0]
     alone = replace(half, ref=replace(half.ref, shape=half.shape), index=None, half=None)
-    assert matrix_bytes(half) - matrix_bytes(alone) == 2 * 4 * INNER * HIDDEN
+    more = matrix_bytes(half) - matrix_bytes(alone)
+    assert more == (times - 1) * 2 * 4 * INNER * HIDDEN
 
 
 def test_a_dense_linear_stays_the_one_that_is_trained_and_compare_says_so(tmp_path):

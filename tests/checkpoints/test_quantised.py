@@ -4,7 +4,18 @@ import json
 
 import pytest
 import torch
-from helpers.packed import MODULE, NAME, awq, gptq, randn, under
+from helpers.packed import (
+    COMPRESSED,
+    INT,
+    MODULE,
+    NAME,
+    awq,
+    compressed,
+    compressed_config,
+    gptq,
+    randn,
+    under,
+)
 from safetensors.torch import save_file
 
 from htsr_alloc.checkpoints import quantised
@@ -129,86 +140,13 @@ def test_modelopt_multiplies_by_the_scale_of_the_whole(tmp_path):
 
 # --- compressed-tensors -------------------------------------------------------------------------
 
-INT = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
-COMPRESSED = {
-    "int4": ("pack-quantized", INT),
-    "int4 asymmetric": ("pack-quantized", INT | {"symmetric": False}),
-    "int4 channel": ("pack-quantized", INT | {"strategy": "channel", "group_size": None}),
-    "int8": ("pack-quantized", INT | {"num_bits": 8}),
-    "int3": ("pack-quantized", INT | {"num_bits": 3}),
-    "int8 naive": (
-        "int-quantized",
-        INT | {"num_bits": 8, "strategy": "channel", "group_size": None},
-    ),
-    "fp8": (
-        "float-quantized",
-        {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "channel"},
-    ),
-    "nvfp4": (
-        "nvfp4-pack-quantized",
-        {
-            "type": "float",
-            "num_bits": 4,
-            "strategy": "tensor_group",
-            "group_size": 16,
-            "symmetric": True,
-            "scale_dtype": "torch.float8_e4m3fn",
-        },
-    ),
-    "mxfp4": (
-        "mxfp4-pack-quantized",
-        {
-            "type": "float",
-            "num_bits": 4,
-            "strategy": "group",
-            "group_size": 32,
-            "symmetric": True,
-            "scale_dtype": "torch.uint8",
-        },
-    ),
-}
-
-
-def compressed(weight, form, args):
-    """The library's own parts of a weight, and what it makes of them in the scales' dtype."""
-    pytest.importorskip("compressed_tensors", reason="needs the extra [quantized]")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    settings = QuantizationArgs.model_validate(args)
-    m, n = weight.shape
-    grouped = weight.reshape(m, -1, args.get("group_size") or n)
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    whole = {}
-    if form.startswith("nvfp4"):
-        whole = {"weight_global_scale": (448 * 6 / weight.abs().max()).float().reshape(1)}
-        scale = (grouped.abs().amax(-1) / 6 * whole["weight_global_scale"]).to(torch.float8_e4m3fn)
-        scale, zero = scale.float(), torch.zeros(m, scale.shape[1])
-    elif form.startswith("mxfp4"):
-        scale, zero = 2.0 ** torch.floor(torch.log2(grouped.abs().amax(-1)) - 2), None
-    else:
-        scale, zero = calculate_qparams(low, high, settings)
-    scheme = QuantizationScheme(targets=["Linear"], weights=settings, format=form)
-    compressor = BaseCompressor.get_value_from_registry(form)
-    state = {"weight": weight, "weight_scale": scale, **whole}
-    if zero is not None:
-        state["weight_zero_point"] = zero.to(torch.int8) if args["type"] == "int" else zero
-    parts = compressor.compress(state, scheme)
-    return parts, compressor.decompress(dict(parts), scheme)["weight"]
-
 
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_compressed_tensors_are_what_the_library_makes_of_them(tmp_path, kind):
     form, args = COMPRESSED[kind]
     weight = randn(96, 128)
     parts, expected = compressed(weight, form, args)
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}},
-    }
-    found = one(tmp_path, parts, config)
+    found = one(tmp_path, parts, compressed_config(kind))
     exact = 2.0**-8 if expected.dtype == torch.bfloat16 else 2.0**-22  # the library rounds to bf16
     torch.testing.assert_close(found, expected.float(), rtol=exact, atol=0)
     assert (found - weight).abs().max() < 1.5

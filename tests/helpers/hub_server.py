@@ -34,6 +34,7 @@ import time
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 TOKEN = "hf_canaryCANARYcanary0123456789"
 SIGNATURE = "signedSIGNEDsigned"  # of the store's addresses: whoever has it may read
@@ -125,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"Content-Type": "text/plain", **fault.get("headers", {})}
             status, body = fault["status"], b"no " + TOKEN.encode()
         else:
-            status, headers, body = self.respond(path.strip("/").split("/"), posted)
+            status, headers, body = self.respond(unquote(path).strip("/").split("/"), posted)
         if fault["do"] == "hang":
             time.sleep(fault["seconds"])
         if fault["do"] == "body":
@@ -195,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         if path[0] == "cdn":
             whole = self.headers.get("Range") is None
             time.sleep(0.05 if whole else 0)
-            file = state.files(path[1]) / path[2]
+            file = state.files(path[1]).joinpath(*path[2:])
             return 200, {"ETag": f'"{sha256(file)}"', "Accept-Ranges": "bytes"}, file.read_bytes()
         repo = "/".join(path[2:4] if path[0] == "api" else path[:2])
         if repo == "org/broken":
@@ -205,11 +206,13 @@ class Handler(BaseHTTPRequestHandler):
         if repo not in ("org/tiny", "org/gated"):
             return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
         if path[0] != "api":
-            return self.file(path[3], path[4])
+            return self.file(path[3], "/".join(path[4:]))
         commit = state.commit(path[5] if len(path) > 5 else "main")
         if commit is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
-        listed = [self.listing(file) for file in sorted(state.files(commit).iterdir())]
+        folder = state.files(commit)
+        whole = sorted(file for file in folder.rglob("*") if file.is_file())
+        listed = [self.listing(file, folder) for file in whole]
         found = {"id": repo, "sha": commit, "private": False, "tags": [], "siblings": listed}
         if len(path) > 4 and path[4] in ("tree", "paths-info"):
             found = [{**one, "type": "file", "path": one["rfilename"]} for one in listed]
@@ -217,11 +220,16 @@ class Handler(BaseHTTPRequestHandler):
                 found = [one for one in found if one["path"] in posted.get("paths", [])]
         return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
 
-    def listing(self, file):
+    def listing(self, file, folder):
         found, size = sha256(file), file.stat().st_size
         content = file.read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        entry = {"rfilename": file.name, "blobId": blob, "oid": blob, "size": size}
+        entry = {
+            "rfilename": file.relative_to(folder).as_posix(),
+            "blobId": blob,
+            "oid": blob,
+            "size": size,
+        }
         if file.suffix in LARGE:
             entry["lfs"] = {"sha256": found, "oid": found, "size": size, "pointerSize": 134}
         return entry
@@ -242,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Etag": etag, "X-Linked-Size": file.stat().st_size}
         return (
             302,
-            {**headers, "Location": f"{store}/cdn/{commit}/{name}?signature={SIGNATURE}"},
+            {**headers, "Location": f"{store}/cdn/{commit}/{quote(name)}?signature={SIGNATURE}"},
             b"",
         )
 

@@ -39,7 +39,7 @@ PARTS = (
     ),
     M(
         "settings of another strategy",
-        "allocation/request.py",
+        "allocation/settings.py",
         "if owners and strategy not in owners:",
         "if False:",
         REQUEST,

@@ -1,5 +1,6 @@
 """Quantised weights as their own tools store them, each restated number by number."""
 
+import pytest
 import torch
 
 MODULE = "model.layers.{}.self_attn.q_proj"
@@ -63,3 +64,82 @@ def awq(inputs, outputs, group, seed=0):
 
 def under(module, parts):
     return {f"{module}.{name}": value.contiguous() for name, value in parts.items()}
+
+
+INT = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
+COMPRESSED = {
+    "int4": ("pack-quantized", INT),
+    "int4 asymmetric": ("pack-quantized", INT | {"symmetric": False}),
+    "int4 channel": ("pack-quantized", INT | {"strategy": "channel", "group_size": None}),
+    "int8": ("pack-quantized", INT | {"num_bits": 8}),
+    "int3": ("pack-quantized", INT | {"num_bits": 3}),
+    "int8 naive": (
+        "int-quantized",
+        INT | {"num_bits": 8, "strategy": "channel", "group_size": None},
+    ),
+    "fp8": (
+        "float-quantized",
+        {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "channel"},
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {
+            "type": "float",
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "symmetric": True,
+            "scale_dtype": "torch.float8_e4m3fn",
+        },
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {
+            "type": "float",
+            "num_bits": 4,
+            "strategy": "group",
+            "group_size": 32,
+            "symmetric": True,
+            "scale_dtype": "torch.uint8",
+        },
+    ),
+}
+
+
+def compressed(weight, form, args):
+    """The library's own parts of a weight, and what it makes of them in the scales' dtype."""
+    pytest.importorskip("compressed_tensors", reason="needs the extra [quantized]")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    settings = QuantizationArgs.model_validate(args)
+    m, n = weight.shape
+    grouped = weight.reshape(m, -1, args.get("group_size") or n)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    whole = {}
+    if form.startswith("nvfp4"):
+        whole = {"weight_global_scale": (448 * 6 / weight.abs().max()).float().reshape(1)}
+        scale = (grouped.abs().amax(-1) / 6 * whole["weight_global_scale"]).to(torch.float8_e4m3fn)
+        scale, zero = scale.float(), torch.zeros(m, scale.shape[1])
+    elif form.startswith("mxfp4"):
+        scale, zero = 2.0 ** torch.floor(torch.log2(grouped.abs().amax(-1)) - 2), None
+    else:
+        scale, zero = calculate_qparams(low, high, settings)
+    scheme = QuantizationScheme(targets=["Linear"], weights=settings, format=form)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    state = {"weight": weight, "weight_scale": scale, **whole}
+    if zero is not None:
+        state["weight_zero_point"] = zero.to(torch.int8) if args["type"] == "int" else zero
+    parts = compressor.compress(state, scheme)
+    return parts, compressor.decompress(dict(parts), scheme)["weight"]
+
+
+def compressed_config(kind):
+    """What config.json says of a checkpoint of this kind."""
+    form, args = COMPRESSED[kind]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}},
+    }

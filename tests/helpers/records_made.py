@@ -102,7 +102,7 @@ WHOLE = dataclasses.replace(
         Module(i, f"model.layers.{i}.self_attn.q_proj", "q_proj", 3.25, 2.5, experts, 2)
         for i, experts in enumerate((2, 3))
     ),
-    parameters=Parameters(900, 880, 8, 0.9),
+    parameters=Parameters(900, 880, 8, 0.9, "model"),
 )
 
 

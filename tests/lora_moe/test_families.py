@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import sys
 import warnings
@@ -12,24 +12,24 @@ from helpers.commands import ROOT
 
 pytest.importorskip("peft", reason="needs the extra [train]")
 
+DIFFER = {"gte", "minimax_m3_vl"}  # q, k and v apart in the model; gate and up apart in the file
+
 
 @pytest.fixture(scope="module")
 def families():
-    path = ROOT / "benchmarks" / "families.py"
-    spec = importlib.util.spec_from_file_location("families", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["families"] = module  # its dataclasses look for it there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["families"]
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)  # where a benchmark finds its neighbours
+    yield importlib.import_module("families")
+    sys.path.remove(folder)
+    for name in ("families", "family_models", "family_inputs"):
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
     ("task", "name"),
     [("vl", "qwen2_vl"), ("lm", "mixtral"), ("lm", "jetmoe"), ("lm", "mamba"),
-     ("s2s", "switch_transformers"), ("image", "segformer")],
+     ("lm", "deepseek_v4"), ("s2s", "switch_transformers"), ("image", "segformer"),
+     ("mlm", "ibert"), ("mlm", "gte"), ("vl", "minimax_m3_vl")],
 )  # fmt: skip
 def test_a_family_all_the_way_with_the_parameters_that_were_asked(families, task, name, tmp_path):
     with warnings.catch_warnings():
@@ -37,6 +37,21 @@ def test_a_family_all_the_way_with_the_parameters_that_were_asked(families, task
         found = families.go(task, name, tmp_path)
     assert found.done == list(families.STEPS), found.reason
     assert found.trainable == found.asked > 0
+    assert found.same == (name not in DIFFER)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "wanted"),
+    [("vl", "qwen2_vl", {"input_ids": (2, 12), "attention_mask": (2, 12)}),
+     ("vl", "pix2struct", {"flattened_patches": (2, 16, 66), "decoder_input_ids": (2, 6)}),
+     ("image", "siglip2", {"pixel_values": (2, 16, 192), "pixel_attention_mask": (2, 16),
+                           "spatial_shapes": (2, 2)})],
+)  # fmt: skip
+def test_inputs_follow_the_arguments_and_are_the_plainest_that_are_taken(
+    families, task, name, wanted
+):
+    given = families.inputs_of(families.tiny_model(task, name))
+    assert {name: tuple(value.shape) for name, value in given.items()} == wanted
 
 
 def test_a_family_that_cannot_be_made_says_why(families, tmp_path):

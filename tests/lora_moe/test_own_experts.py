@@ -291,3 +291,24 @@ def test_of_a_hub_the_names_need_no_weights(tmp_path):
         done = client(hub.url, here, "build", "counts.json", *model, "--dry-run")
         assert done.rc == 0, done.stderr
         assert hub.downloads() == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--T", 8, "--per-module"), True),
+        (("--params", "10k", "--r", 2), True),
+        (("--T", 8), False),
+        (("--for", "lora", "--rank", 4, "--target", "experts"), False),
+    ],
+)
+def test_allocate_says_that_it_passes_over_the_bases_experts(
+    invoke, metrics, tmp_path, asked, said
+):
+    found, _ = metrics("mixtral")
+    (tmp_path / "m.metrics.json").write_text(dumps(found))
+    done = invoke("allocate", *asked)
+    assert done.rc == 0, done.stderr
+    count = 2 * EXPERTS * 3  # gate, up and down of each
+    sentence = f"{count} matrices of the base's own experts are passed over: they get none."
+    assert (sentence in done.stderr) == said
