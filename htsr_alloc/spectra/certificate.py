@@ -6,8 +6,8 @@ Rounding spreads over the whole matrix: an eigenvalue moves by u^T E u, where E'
 
     eps32 (NOISE r + SELF l),    r = the root mean square of all eigenvalues.
 
-It is a measured one: docs/PERFORMANCE.md says how much of it real and hard matrices use. It does not
-hold for many equal eigenvalues, whose E is not spread; ``crowded`` finds those.
+It is a measured one: docs/PERFORMANCE.md says how much of it real and hard matrices use. It does
+not hold for many equal eigenvalues, whose E is not spread; ``crowded`` finds those.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from __future__ import annotations
 import numpy as np
 
 EPS32 = float(np.finfo(np.float32).eps)
-NOISE, SELF = 12.0, 24.0
+NOISE, SELF = 12.0, 32.0
 LEAST = 8  # times its error that the least eigenvalue is, or the small ones mean too little
 CLEAR = 1000  # times its error that an eigenvalue is which decides a fit
 CROWD = 1 / 16  # of the eigenvalues that may lie within the error of one place
+SMOOTH = 1e4  # times its error that the median is, where alpha is smooth in the eigenvalues
+UNCERTIFIED = "no peak certified"  # ends the name of what computed such spectra
 
 
 def float32_error(values: np.ndarray) -> np.ndarray:
@@ -70,3 +72,15 @@ def peak_is_certain(values: np.ndarray, error: np.ndarray, bins: int = 100) -> b
     most = sure + np.cumsum(steps)[:bins]
     top = int(sure.argmax())
     return bool((most[:top] < sure[top]).all() and (most[top + 1 :] <= sure[top]).all())
+
+
+def band_error(values: np.ndarray) -> np.ndarray:
+    """Bound of the error of a float32 band's eigenvalues: the singular values' is 2 eps32 s_max,
+    which all real matrices keep to half but for their very least."""
+    return 4 * EPS32 * np.sqrt(np.abs(values) * values[-1])
+
+
+def is_smooth(values: np.ndarray, error: np.ndarray) -> bool:
+    """Whether an alpha that is smooth in the eigenvalues is good to about 1 / SMOOTH."""
+    middle = len(values) // 2
+    return bool(values[middle] >= SMOOTH * error[middle])

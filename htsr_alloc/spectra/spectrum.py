@@ -50,7 +50,7 @@ def spectrum(
     engine: str = "auto",
     device: str | torch.device = "cpu",
     farms: Farms | None = None,
-    bins: int = 100,
+    bins: int | None = 100,
 ) -> Spectrum:
     """Eigenvalues of W^T W for one matrix (METHODS: the squared singular values).
 
@@ -60,7 +60,8 @@ def spectrum(
         device: where the float64 work runs. Without enough GPU memory the CPU is used, and
             ``Spectrum.engine`` says so.
         bins: of the histogram that will be fitted: ``auto`` uses float32 only where that moves
-            no eigenvalue into or out of its peak.
+            no eigenvalue into or out of its peak. None where no peak will be looked for
+            (``Estimator.smooth``): then also where it may move.
         farms: also pool the eigenvalues of these windows (float64 svdvals of each).
 
     Returns:
@@ -130,7 +131,7 @@ def _scaled(weight: torch.Tensor, exponent: int) -> torch.Tensor:
     return weight * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent)
 
 
-def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
+def _decompose(tall: torch.Tensor, engine: str, bins: int | None) -> Spectrum:
     """Spectrum of a finite, non-zero (m, n) matrix with m >= n, on the device it is on."""
     values, name = ENGINES[engine](tall, bins)
     m, n = tall.shape
