@@ -9,22 +9,24 @@ against float64 svdvals, which --no-error leaves out: it takes longest by far.
 
     python benchmarks/engines.py --guard CHECKPOINT [...]
 
-holds the float32 route's errors on the rectangular matrices of checkpoints, and on 60 synthetic
-ones, to the bound that guards it.
+holds the float32 route's errors on the rectangular matrices of checkpoints, on 60 synthetic ones
+and on hard ones (hard.py), to the bound that guards it, and counts what the route does with each.
 """
 
 import argparse
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from hard import hard, hard_entries
 from peers import alpha_peak
 from synthetic import weight
 
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
-from htsr_alloc.spectra import engines, lapack
+from htsr_alloc.spectra import certificate, engines, lapack
 from htsr_alloc.spectra.estimators import fit
 
 SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
@@ -63,16 +65,26 @@ def parts(n: int) -> None:
 
 
 def guard(sources: list[str]) -> None:
-    """The worst error of the float32 route, as a share of ``float32_error``."""
-    worst, count = {}, {}
+    """The worst error of the float32 route, as a share of ``float32_error``, and what it does.
+
+    Errors are of spectra that the route does not give up for other reasons.
+    """
+    library = lapack.load()
+    worst: defaultdict[str, float] = defaultdict(float)
+    done: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for source, tall in rectangular(sources):
+        found = engines.guarded(tall, 100)
+        done[source][found[1] if found else "not certain"] += 1
         exact = engines.exact(tall)[0]
-        values = engines.symmetric_eigenvalues(engines.gram(tall, np.float32))
-        share = float((abs(values - exact) / engines.float32_error(values)).max())
-        worst[source] = max(worst.get(source, 0.0), share)
-        count[source] = count.get(source, 0) + 1
-    for source, share in worst.items():
-        print(f"{source}: {count[source]} matrices, worst error {share:.0%} of the bound")
+        gram = engines.gram(tall, np.float32)
+        band = library.sy2sb(gram.copy(order="F"), engines.WIDTH)
+        for values in (library.sterf(*library.sb2st(band)), engines.symmetric_eigenvalues(gram)):
+            error = certificate.float32_error(values)
+            if values[0] >= certificate.LEAST * error[0] and not certificate.crowded(values, error):
+                share = float((abs(values - exact) / error).max())
+                worst[source] = max(worst[source], share)
+    for source, counts in done.items():
+        print(f"{source}: {dict(counts)}, worst error {worst[source]:.0%} of the bound")
 
 
 def rectangular(sources: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,6 +102,10 @@ def rectangular(sources: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         n = 64 << seed % 5
         m = int(n * (1.5, 2.7, 4.0)[seed % 3])
         yield "synthetic", weight(m, n, generator)
+    for _, tall in hard((48, 144, 384, 1024), 2):
+        yield "hard", tall
+    for _, tall in hard_entries((1536, 2048, 4096)):
+        yield "hard, large", tall
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def main() -> None:
             analyze = [*htsr, "analyze", str(folder), "-q", "--workers", str(arguments.workers)]
             for bound in (None, report["least_bytes"]):
                 limit = [] if bound is None else ["--max-memory", str(bound)]
-                wall, _, peak = measure([*analyze, *limit])
+                wall, _, peak, _ = measure([*analyze, *limit], None)
                 estimated = report["peak_bytes"] if bound is None else bound
                 shown = "-" if bound is None else f"{bound / 1e6:.0f}"
                 print(

@@ -1,6 +1,10 @@
-"""How ``htsr analyze`` scales: with workers on one checkpoint, and with n on square matrices.
+"""How ``htsr analyze`` scales: with workers and processes on one checkpoint, and with n.
 
-python benchmarks/scaling.py FOLDER [--workers 1 2 4] [--sizes 512 1024 2048 4096]
+    python benchmarks/scaling.py FOLDER [--workers 1 2] [--processes 2] [--sizes 512 1024 2048 4096]
+
+Whole runs in turn, one thread a worker: workers of one process, then torchrun's processes of one
+worker each. Efficiency is the first row's wall seconds over this row's, times its workers. How many
+cores other work took meanwhile is printed beside it: then only CPU seconds mean much.
 """
 
 import argparse
@@ -12,17 +16,24 @@ from analyze_vs_peers import measure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="*", default=[2])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     arguments = parser.parse_args()
-    folder = str(arguments.checkpoint.resolve())
-    print(f"{arguments.checkpoint.name}: workers, wall s, CPU s, peak MB")
-    for workers in arguments.workers:
-        command = [sys.executable, "-m", "htsr_alloc", "analyze", folder, "-q"]
-        wall, cpu, peak = measure([*command, "--workers", str(workers)])
-        print(f"{workers:6} {wall:8.1f} {cpu:8.1f} {peak:8.0f}")
+    run = ["htsr_alloc", "analyze", str(arguments.checkpoint.resolve()), "-q", "--workers"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+    commands = {f"{k} workers": (k, [*run, str(k)]) for k in arguments.workers}
+    for k in arguments.processes:
+        commands[f"{k} torchrun processes"] = (k, [*torchrun, str(k), "-m", *run, "1"])
+    print(f"{arguments.checkpoint.name}: wall s, CPU s, MB of the largest, efficiency, others")
+    alone = None
+    for name, (threads, command) in commands.items():
+        wall, cpu, peak, others = measure([sys.executable, "-m", *command], 1)
+        alone = alone or wall * threads
+        share = alone / wall / threads
+        print(f"{name:22} {wall:8.1f} {cpu:8.1f} {peak:8.0f} {share:8.0%} {others:8.2f}")
     import torch  # not before: a child's peak, as Linux counts it, begins at its parent's
 
     torch.set_num_threads(1)

@@ -18,8 +18,8 @@ PARTS = {  # part -> functions, each named where it is looked up
     "look for NaN and Inf": ["spectra.spectrum:_inspect"],
     "Gram matrix, with upcast": ["spectra.engines:gram"],
     "eigenvalues of it": ["spectra.engines:symmetric_eigenvalues"],
-    "least eigenvalue": ["spectra.engines:least"],
-    "float64 svdvals": ["spectra.spectrum:_triangle"],
+    "least eigenvalues": ["spectra.engines:least", "spectra.spectrum:smallest"],
+    "R of float64 W": ["spectra.spectrum:_triangle"],
     "fit and errors": ["analysis.analyze:_assemble"],
     "write": ["analysis.analyze:_write", "analysis.journal:Journal.add"],
 }

@@ -14,11 +14,11 @@ from htsr_alloc.allocation.decide import allocate, scoped
 from htsr_alloc.allocation.request import Request
 from htsr_alloc.allocation.scores import Metric, parse_metric
 from htsr_alloc.allocation.strategies import AlphaLora
-from htsr_alloc.analysis.measure import refitted
+from htsr_alloc.analysis.measure import keep_peaks, refitted
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation, Layer, Matrix, Metrics
 from htsr_alloc.records.results import open_spectra
-from htsr_alloc.spectra.estimators import AT_PEAKS
+from htsr_alloc.spectra.estimators import AT_PEAKS, ESTIMATORS
 
 BETA_STEPS = (-0.5, 0.5)  # around 2.5: the published 2, 2.5 and 3
 NEAR = 1  # experts that a stable count may move by: eq. 7 alone moves it by as many
@@ -137,7 +137,8 @@ def sensitivity_of(
         causes[cause], counts[cause] = labels, [result.experts for result in made]
 
     if scores.fitted and metrics.settings.estimator in AT_PEAKS:
-        others = [name for name in AT_PEAKS if name != metrics.settings.estimator]
+        kept = [name for name in AT_PEAKS if keep_peaks(metrics) or ESTIMATORS[name].smooth]
+        others = [name for name in kept if name != metrics.settings.estimator]
         with open_spectra(metrics, path) as spectra:
             bins = metrics.settings.bins
             noise = metrics.settings.noise if request.strategy.uses_errors else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from htsr_alloc import files
 from htsr_alloc.analysis.cost import flops, transfer
-from htsr_alloc.analysis.decompose import Limits, decompose_all
+from htsr_alloc.analysis.decompose import Limits, decompose_all, peak_bins
 from htsr_alloc.analysis.distributed import Processes
 from htsr_alloc.analysis.journal import Entry, Journal, another
 from htsr_alloc.analysis.measure import measure, with_noise
@@ -272,7 +272,7 @@ def _identity(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
         "dequantised": quantised.identity(checkpoint.tensors),
         "engine": settings.engine,
         "linear algebra": library.name if library else "torch",
-        "bins": settings.bins,
+        "bins": peak_bins(settings),
         "device": settings.device.partition(":")[0],
         "farms": [farms.rows, farms.ratio, farms.windows] if farms else None,
     }

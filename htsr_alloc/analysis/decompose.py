@@ -19,6 +19,7 @@ from htsr_alloc.checkpoints.reading import Checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Settings
 from htsr_alloc.spectra.engines import check_engine
+from htsr_alloc.spectra.estimators import ESTIMATORS
 from htsr_alloc.spectra.spectrum import spectrum
 
 THREADS_PER_GPU = 2  # one reads and copies while the other's matrix is decomposed
@@ -35,6 +36,12 @@ class Limits:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise HtsrError(f"`workers` must be at least 1, not {self.workers}.")
+
+
+def peak_bins(settings: Settings) -> int | None:
+    """Bins of the histogram whose peak a spectrum must keep; None where no fit looks for one."""
+    smooth = settings.farms is None and ESTIMATORS[settings.estimator].smooth
+    return None if smooth and settings.engine == "auto" else settings.bins
 
 
 def decompose_all(
@@ -88,7 +95,7 @@ def decompose_all(
             engine=settings.engine,
             device=here.device,
             farms=settings.farms,
-            bins=settings.bins,
+            bins=peak_bins(settings),
         )
         return Entry(found, digest.hexdigest(), checkpoint.stamp(matrix.ref))
 

@@ -5,7 +5,7 @@ says what the spectra depend on (the identity). The hash of every other line is 
 the line's JSON, so that a line counts only if all its bits are right and it was computed under the
 same identity. A line that does not count is dropped, and its matrix computed again; the rest is
 kept. The estimator is not part of the identity: fits are made from the spectra, so that a resumed
-run may use another.
+run may use another, but for one that needs a histogram's peak after one that needs none.
 """
 
 from __future__ import annotations

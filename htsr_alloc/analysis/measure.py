@@ -15,7 +15,8 @@ from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, OK, Matrix, Metrics, Settings
 from htsr_alloc.records.means import summarise
-from htsr_alloc.spectra.estimators import Fit, alpha_hat, fit, stable_rank
+from htsr_alloc.spectra.certificate import UNCERTIFIED
+from htsr_alloc.spectra.estimators import ESTIMATORS, Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.spectra.uncertainty import NOISE, uncertainty
 
 if TYPE_CHECKING:
@@ -152,6 +153,11 @@ def errors_of(matrix: Matrix, tail: np.ndarray, settings: Settings, fitted: bool
     return {key: getattr(found, name, None) for key, name in names.items()}
 
 
+def keep_peaks(metrics: Metrics) -> bool:
+    """Whether a histogram of every kept spectrum has its peak where float64 has it."""
+    return not any(matrix.engine.endswith(UNCERTIFIED) for matrix in metrics.matrices)
+
+
 def refitted(
     metrics: Metrics,
     spectra: Mapping[str, np.ndarray],
@@ -166,8 +172,16 @@ def refitted(
         noise: of the standard errors; None computes none, in a seventeenth of the time.
 
     Raises:
-        HtsrError: the spectrum of a matrix that has one is not there.
+        HtsrError: the spectrum of a matrix that has one is not there, or the estimator looks for
+            a histogram's peak and the spectra do not keep it.
     """
+    if not keep_peaks(metrics) and estimator in ESTIMATORS and not ESTIMATORS[estimator].smooth:
+        smooth = ", ".join(name for name, row in ESTIMATORS.items() if row.smooth)
+        raise HtsrError(
+            f"{estimator} looks for a histogram's peak, which these float32 spectra may not have "
+            f"where float64 has it; they were computed for {metrics.settings.estimator}.",
+            f"Analyze again with `estimator` {estimator}, or choose from {smooth}.",
+        )
     settings = replace(metrics.settings, estimator=estimator, bins=bins)
     settings = with_noise(settings, noise)
     matrices = []

@@ -89,7 +89,14 @@ def _numbers(metrics: Metrics) -> list[Caution]:
             f"{len(uncertain)} of {total}. float64 was used; their peaks are fragile."
         )
         found.append(Caution(text, tuple(m.tensor for m in uncertain)))
-    rough = [m for m in metrics.matrices if m.engine.startswith("float32 band")]
+    smooth = [m for m in metrics.matrices if m.engine.endswith("no peak certified")]
+    if smooth:
+        text = (
+            f"Spectra of float32 accuracy, for estimators that look for no histogram's peak: "
+            f"{len(smooth)} of {total}."
+        )
+        found.append(Caution(text, tuple(m.tensor for m in smooth)))
+    rough = [m for m in metrics.matrices if m.engine == "float32 band"]
     if rough:
         text = f"Spectra of float32 accuracy (engine fast), unguarded: {len(rough)} of {total}."
         found.append(Caution(text, tuple(m.tensor for m in rough)))

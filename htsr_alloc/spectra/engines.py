@@ -3,7 +3,8 @@
     portable    float64 Gram and torch's eigvalsh; what a GPU runs, and a CPU without LAPACK of ours
     exact       float64 Gram (syrk) and float64 tridiagonal, in one stage or two by size
     fast        nearly square W itself to a band in float32 (see band.py), float64 from there on
-    auto        exact; on large rectangular matrices float32, where it can be vouched for
+    auto        exact; on large rectangular matrices float32, where it can be vouched for, and on
+                large square ones where no histogram's peak is looked for
     cuda        portable, on a GPU or not at all
 
 Each runs on the calling thread alone and may be called from several.
@@ -19,26 +20,33 @@ import torch
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.spectra import ROW_CHUNK, lapack
 from htsr_alloc.spectra.band import FLOOR, IN_RANGE, band
+from htsr_alloc.spectra.certificate import (
+    CLEAR,
+    LEAST,
+    UNCERTIFIED,
+    band_error,
+    crowded,
+    float32_error,
+    is_smooth,
+    may_be_meaningful,
+    peak_is_certain,
+    peak_is_clear,
+)
 from htsr_alloc.spectra.least import least
 from htsr_alloc.spectra.rows import buffer_for, upcast
 
-# (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right
+# (m, n) with m >= n, any float dtype; bins of the histogram whose peak must come out right, None
+# where no peak will be looked for
 # -> n ascending float64 eigenvalues, and what computed them
-Engine = Callable[[torch.Tensor, int], tuple[np.ndarray, str]]
+Engine = Callable[[torch.Tensor, int | None], tuple[np.ndarray, str]]
 
-EPS32 = float(np.finfo(np.float32).eps)
 TWO_STAGE = 1536  # from this n on two stages are faster; below, the matrix stays in the cache
 WIDTH = 64  # of the band between them: 48 is a little faster on some processors, 96 on others
+BAND = 3072  # from this n on a float32 band saves a quarter of the time
 TALL = 1.5  # m / n from which lambda_min is large enough for float32 to be worth a try
 
-# What the float32 route may do to an eigenvalue l: eps32 (NOISE lambda_max + SELF l). The worst
-# of 186 real and 60 synthetic matrices uses 23 % of it (benchmarks/engines.py --guard).
-NOISE, SELF = 4.0, 32.0
-RATIO = 3e-4  # least lambda / lambda_max, of what is fitted, that float32 may have computed
-LEAST = 3e-6  # least lambda_min / lambda_max for float32; below, its small ones mean too little
 
-
-def portable(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
+def portable(tall: torch.Tensor, bins: int | None = 100) -> tuple[np.ndarray, str]:
     """float64 in torch, on the device that the matrix is on."""
     where = "" if tall.device.type == "cpu" else f" on {tall.device}"
     values = torch.linalg.eigvalsh(portable_gram(tall)).cpu().numpy()
@@ -55,36 +63,36 @@ def portable_gram(tall: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def exact(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
+def exact(tall: torch.Tensor, bins: int | None = 100) -> tuple[np.ndarray, str]:
     """float64 all through; an eigenvalue is good to n eps64 lambda_max, absolutely."""
     return symmetric_eigenvalues(gram(tall)), f"float64 Gram, {_stages(tall.shape[1])}"
 
 
-def fast(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
+def fast(tall: torch.Tensor, bins: int | None = 100) -> tuple[np.ndarray, str]:
     """The band route for nearly square matrices, ``auto`` for others, whose Gram matrix is cheaper;
     ``exact`` where float32 has no range or cannot tell small from zero."""
     if tall.shape[0] >= TALL * tall.shape[1]:
         return auto(tall, bins)
-    low, high = IN_RANGE
-    if low < float(tall.abs().max()) < high:
-        library = _library()
-        values = library.sterf(*library.sb2st(band(library, tall)))
-        if values[0] > FLOOR * values[-1]:
-            return values, "float32 band"
-    return exact(tall)
+    values = banded(tall)
+    return exact(tall) if values is None else (values, "float32 band")
 
 
-def auto(tall: torch.Tensor, bins: int = 100) -> tuple[np.ndarray, str]:
+def auto(tall: torch.Tensor, bins: int | None = 100) -> tuple[np.ndarray, str]:
     """As accurate as ``exact`` for what is fitted: float32 only where it moves no peak."""
     if tall.device.type != "cpu" or lapack.load() is None:
         return portable(tall)
     m, n = tall.shape
-    if n < TWO_STAGE or m < TALL * n or tall.dtype == torch.float64:
+    found, rectangular = None, m >= TALL * n
+    if n < (TWO_STAGE if rectangular else BAND) or tall.dtype == torch.float64:
         return exact(tall)
-    found = _guarded(tall, bins)
+    if rectangular:
+        found = guarded(tall, bins)
+    elif bins is None:
+        found = smooth_band(tall)
+    else:
+        return exact(tall)
     if found is not None:
-        values, how = found
-        return values, f"float32 Gram, {_stages(n)}, {how}"
+        return found
     values, name = exact(tall)
     return values, f"{name} (float32 not certain)"
 
@@ -123,15 +131,23 @@ def _library() -> lapack.Lapack:
 def gram(tall: torch.Tensor, kind: type = np.float64) -> np.ndarray:
     """W^T W, lower triangle, accumulated over blocks of rows. (m, n) -> (n, n), Fortran.
 
-    W is upcast block by block into one buffer.
+    W is upcast block by block into one buffer. A float32 diagonal is summed in float64: where
+    weights take few values, rounding moves all of its sums the same way, and with them every
+    eigenvalue.
     """
     library = _library()
     m, n = tall.shape
     buffer = buffer_for(tall, torch.float64 if kind is np.float64 else torch.float32)
     total = np.zeros((n, n), kind, order="F")  # the upper half is never read
+    diagonal = np.zeros(n)
     for at in range(0, m, ROW_CHUNK):
         block = upcast(tall[at : at + ROW_CHUNK], buffer)
         library.syrk(block, 0.0 if at == 0 else 1.0, total)
+        if kind is np.float32:
+            diagonal += np.einsum("ij,ij->j", block, block, dtype=np.float64)
+    if kind is np.float32:
+        with np.errstate(over="ignore"):
+            total[np.diag_indices(n)] = diagonal
     return total
 
 
@@ -152,63 +168,48 @@ def _stages(n: int) -> str:
     return "two stages" if bandwidth(n) else "one stage"
 
 
-def _guarded(tall: torch.Tensor, bins: int) -> tuple[np.ndarray, str] | None:
+def guarded(tall: torch.Tensor, bins: int | None) -> tuple[np.ndarray, str] | None:
     """float32 eigenvalues, if they are sure to give the right histogram peak; else None.
 
     The least eigenvalue, which sets the bins' edges, is refined where float32's is not enough.
+    Without a histogram the median must be far above its error.
     """
     a = gram(tall, np.float32)
-    diagonal = a.diagonal()
-    # lambda_min <= the least of the diagonal, lambda_max >= its largest: a hopeless case ends here
-    if not (np.isfinite(diagonal).all() and diagonal.min() > LEAST * diagonal.max() > 1e-30):
+    if not may_be_meaningful(a.diagonal()):
         return None
     kept = a.copy(order="F")
     values = symmetric_eigenvalues(a)
     del a
+    name = f"float32 Gram, {_stages(len(values))}"
     error = float32_error(values)
-    if values[0] < LEAST * values[-1]:
+    if values[0] < LEAST * error[0] or crowded(values, error):
         return None
-    if values[0] >= RATIO * values[-1] and peak_is_certain(values, error, bins):
-        return values, "guarded"
+    if bins is None:
+        return (values, f"{name}, {UNCERTIFIED}") if is_smooth(values, error) else None
+    if values[0] >= CLEAR * error[0] and peak_is_certain(values, error, bins):
+        return values, f"{name}, guarded"
     found = least(_library(), tall, kept, values, error)
     if found is None:
         return None
     values[0], error[0] = found
     values = np.maximum.accumulate(values)  # float32's next ones may lie below it
-    certain = peak_is_certain(values, error, bins) and peak(values, bins) >= RATIO * values[-1]
-    return (values, "guarded, least one refined") if certain else None
+    certain = peak_is_certain(values, error, bins) and peak_is_clear(values, error, bins)
+    return (values, f"{name}, guarded, least one refined") if certain else None
 
 
-def peak(values: np.ndarray, bins: int) -> float:
-    """The lower edge of the first fullest bin of the eigenvalues' logarithms."""
-    counts, edges = np.histogram(np.log(values), bins)
-    return float(np.exp(edges[counts.argmax()]))
+def banded(tall: torch.Tensor) -> np.ndarray | None:
+    """Eigenvalues by a float32 band; None where float32 has no range, or no small values."""
+    low, high = IN_RANGE
+    if not low < float(tall.abs().max()) < high:
+        return None
+    library = _library()
+    values = library.sterf(*library.sb2st(band(library, tall)))
+    return values if values[0] > FLOOR * values[-1] else None
 
 
-def float32_error(values: np.ndarray) -> np.ndarray:
-    """Bound of the float32 route's error, an eigenvalue each."""
-    return EPS32 * (NOISE * values[-1] + SELF * np.abs(values))
-
-
-def peak_is_certain(values: np.ndarray, error: np.ndarray, bins: int = 100) -> bool:
-    """Whether every spectrum within ``error`` of this one has the same first fullest bin.
-
-    Each eigenvalue is in one bin for sure, or in any of a range of bins. The peak is certain if
-    its sure count is more than any earlier bin can have, and no less than any later one.
-    """
-    if len(values) < 3 or not values[0] > error[0]:
-        return False
-    low = np.log(np.maximum(values - error, values[0] - error[0]))  # none lies below the first
-    high = np.log(values + error)
-    # x = (v - a) / (b - a) falls with a and with b, for a <= v <= b, and rises with v
-    first = np.floor((low - high[0]) / (high[-1] - high[0]) * bins)
-    last = np.floor((high - low[0]) / (low[-1] - low[0]) * bins)
-    first, last = (np.clip(x, 0, bins - 1).astype(int) for x in (first, last))
-    last[0], first[-1] = 0, bins - 1  # the extremes are in the end bins, wherever those are
-    sure = np.bincount(first[first == last], minlength=bins)
-    unsure = first < last
-    steps = np.bincount(first[unsure], minlength=bins + 1)
-    steps -= np.bincount(last[unsure] + 1, minlength=bins + 1)
-    most = sure + np.cumsum(steps)[:bins]
-    top = int(sure.argmax())
-    return bool((most[:top] < sure[top]).all() and (most[top + 1 :] <= sure[top]).all())
+def smooth_band(tall: torch.Tensor) -> tuple[np.ndarray, str] | None:
+    """``banded`` for estimators that look for no peak, where the median is far above its error."""
+    values = banded(tall)
+    if values is None or not is_smooth(values, band_error(values)):
+        return None
+    return values, f"float32 band, {UNCERTIFIED}"

@@ -77,7 +77,13 @@ class _Tail:
     alpha: float | None = None
 
 
-Rule = Callable[[_Tails], "_Tail | None"]
+@dataclass(frozen=True)
+class Estimator:
+    """A rule for the start of the tail, and whether alpha is smooth in the eigenvalues: no
+    histogram's peak decides, so that their rounding to float32 moves alpha by 1e-4 at most."""
+
+    rule: Callable[[_Tails], _Tail | None]
+    smooth: bool = False
 
 
 def fit(
@@ -133,7 +139,7 @@ def fit(
     top = int(counts.argmax())
     peak = float(10.0 ** edges[top])
     gap = int(counts[top] - np.delete(counts, top).max()) if bins > 1 else n
-    tail = ESTIMATORS[estimator](_Tails(values, logs, _hill(logs), peak, bandwidth))
+    tail = ESTIMATORS[estimator].rule(_Tails(values, logs, _hill(logs), peak, bandwidth))
     if tail is None:
         return _failed(f"no eigenvalue qualifies as {estimator}'s start of the tail")
     above = logs[tail.first :] - logs[tail.start]
@@ -241,13 +247,17 @@ def _median(tails: _Tails) -> _Tail:
 # Those that look for the same place, the bulk's peak, so that their values are comparable.
 AT_PEAKS = ("official", "paper", "band", "kde", "kde-band", "kde-mean")
 
-ESTIMATORS: dict[str, Rule] = {
-    "official": _official,
-    "paper": lambda tails: _above(tails, tails.peak),
-    "band": lambda tails: _best(tails, _between(tails, tails.peak)),
-    "median": _median,
-    "ks": lambda tails: _best(tails, np.ones(len(tails.values), dtype=bool)),
-    "kde": lambda tails: _above(tails, tails.kernel_peak() * (1 + AT_PEAK)),
-    "kde-band": lambda tails: _best(tails, _between(tails, tails.kernel_peak())),
-    "kde-mean": lambda tails: _mean(tails, _between(tails, tails.kernel_peak())),
+ESTIMATORS: dict[str, Estimator] = {
+    "official": Estimator(_official),
+    "paper": Estimator(lambda tails: _above(tails, tails.peak)),
+    "band": Estimator(lambda tails: _best(tails, _between(tails, tails.peak))),
+    "median": Estimator(_median, smooth=True),
+    "ks": Estimator(lambda tails: _best(tails, np.ones(len(tails.values), dtype=bool))),
+    "kde": Estimator(lambda tails: _above(tails, tails.kernel_peak() * (1 + AT_PEAK)), smooth=True),
+    "kde-band": Estimator(
+        lambda tails: _best(tails, _between(tails, tails.kernel_peak())), smooth=True
+    ),
+    "kde-mean": Estimator(
+        lambda tails: _mean(tails, _between(tails, tails.kernel_peak())), smooth=True
+    ),
 }

@@ -17,6 +17,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Farms
 from htsr_alloc.spectra import ROW_CHUNK
 from htsr_alloc.spectra.engines import ENGINES, check_engine
+from htsr_alloc.spectra.smallest import REACH, smallest
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -49,7 +50,7 @@ def spectrum(
     engine: str = "auto",
     device: str | torch.device = "cpu",
     farms: Farms | None = None,
-    bins: int = 100,
+    bins: int | None = 100,
 ) -> Spectrum:
     """Eigenvalues of W^T W for one matrix (METHODS: the squared singular values).
 
@@ -59,7 +60,8 @@ def spectrum(
         device: where the float64 work runs. Without enough GPU memory the CPU is used, and
             ``Spectrum.engine`` says so.
         bins: of the histogram that will be fitted: ``auto`` uses float32 only where that moves
-            no eigenvalue into or out of its peak.
+            no eigenvalue into or out of its peak. None where no peak will be looked for
+            (``Estimator.smooth``): then also where it may move.
         farms: also pool the eigenvalues of these windows (float64 svdvals of each).
 
     Returns:
@@ -68,9 +70,10 @@ def spectrum(
     Raises:
         HtsrError: unknown engine, or not a matrix.
 
-    Eigenvalues of the Gram matrix at or below min(m, n) * eps * lambda_max cannot be told from
-    zero. When there are any, float64 svdvals decides: singular values at or below
-    max(m, n) * eps * s_max are zeros and dropped, and all others are squared.
+    Eigenvalues of the Gram matrix are good to e = min(m, n) * eps * lambda_max. When there are any
+    up to 100 e, those are computed again without a Gram matrix, by inverse iteration; where that
+    fails and one is below e, all are, by float64 svdvals. Singular values at or below max(m, n) *
+    eps * s_max are then zeros and dropped, and all others are squared.
     """
     check_engine(engine, device)
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -128,16 +131,26 @@ def _scaled(weight: torch.Tensor, exponent: int) -> torch.Tensor:
     return weight * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent)
 
 
-def _decompose(tall: torch.Tensor, engine: str, bins: int) -> Spectrum:
+def _decompose(tall: torch.Tensor, engine: str, bins: int | None) -> Spectrum:
     """Spectrum of a finite, non-zero (m, n) matrix with m >= n, on the device it is on."""
     values, name = ENGINES[engine](tall, bins)
     m, n = tall.shape
-    if values[0] > n * EPS * values[-1]:
+    error = n * EPS * values[-1]
+    if values[0] > REACH * error:
         return Spectrum(values, engine=name)
     with ONE_SVD:
-        singular = torch.linalg.svdvals(_triangle(tall)).flip(0).cpu().numpy()
+        square = _triangle(tall)
+        low = smallest(square, values)
+        if low is not None:
+            singular = np.sort(np.concatenate([low, np.sqrt(values[len(low) :])]))
+            name += f", inverse iteration for {len(low)}"
+        elif values[0] > error:
+            return Spectrum(values, engine=name)
+        else:
+            singular = torch.linalg.svdvals(square).flip(0).cpu().numpy()
+            name = "float64 svdvals"
     kept = singular[singular > m * EPS * singular[-1]]
-    return Spectrum(kept**2, n_zero=n - len(kept), engine="float64 svdvals")
+    return Spectrum(kept**2, n_zero=n - len(kept), engine=name)
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:

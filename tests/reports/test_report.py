@@ -224,6 +224,9 @@ def test_every_caution(tmp_path):
     assert "float32 accuracy (engine fast), unguarded: 1 of 21." in cautions_of(
         tmp_path, with_matrices(metrics, engine="float32 band")
     )
+    assert "for estimators that look for no histogram's peak: 1 of 21." in cautions_of(
+        tmp_path, with_matrices(metrics, engine="float32 band, no peak certified")
+    )
     assert "The source is quantised (F8_E4M3)" in cautions_of(
         tmp_path, with_matrices(metrics, dtype="F8_E4M3")
     )

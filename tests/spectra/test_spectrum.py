@@ -77,8 +77,24 @@ def test_small_singular_values_are_kept():
     values = torch.logspace(-10, 0, 40, dtype=torch.float64)
     found = spectrum(left @ torch.diag(values) @ right)
     assert found.n_zero == 0
+    assert found.engine.endswith("inverse iteration for 16")
+    np.testing.assert_allclose(found.eigenvalues, values.numpy() ** 2, rtol=1e-4)
+
+
+def test_an_svd_decides_where_too_many_are_small():
+    left = torch.linalg.qr(weights(90, 90, dtype=torch.float64)).Q
+    values = torch.logspace(-10, 0, 90, dtype=torch.float64)
+    found = spectrum(left * values)
     assert found.engine == "float64 svdvals"
     np.testing.assert_allclose(found.eigenvalues, values.numpy() ** 2, rtol=1e-4)
+
+
+def test_few_small_ones_that_the_gram_matrix_has_right_are_left_to_it_without_an_svd():
+    values = torch.cat([torch.logspace(-6.2, -6.1, 40), torch.ones(1)]).double()
+    found = spectrum(torch.linalg.qr(weights(41, 41, dtype=torch.float64)).Q * values)
+    assert found.engine.startswith("float64 Gram")
+    assert "inverse" not in found.engine
+    np.testing.assert_allclose(found.eigenvalues, values.numpy() ** 2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-100, 1e100, 1e150])
