@@ -7,6 +7,10 @@ matrix by symmetry, the tridiagonalisation) against gemm's rate in the engine's 
 measured in the same run. The error is that of the least, the largest and alpha (`official`)
 against float64 svdvals, which --no-error leaves out: it takes longest by far.
 
+    python benchmarks/engines.py --singular 1024 2048 4096
+
+times what is done with a square matrix whose least eigenvalue a Gram matrix cannot tell from zero.
+
     python benchmarks/engines.py --guard CHECKPOINT [...]
 
 holds the float32 route's errors on the rectangular matrices of checkpoints, on 60 synthetic ones
@@ -28,6 +32,7 @@ from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.spectra import certificate, engines, lapack
 from htsr_alloc.spectra.estimators import fit
+from htsr_alloc.spectra.smallest import smallest
 
 SHAPES = ["512x512", "1024x1024", "1536x576", "2048x2048", "4096x4096", "11008x4096"]
 
@@ -62,6 +67,17 @@ def parts(n: int) -> None:
     second, (d, e) = clock(lambda: library.sb2st(band), 1)
     last, _ = clock(lambda: library.sterf(d, e), 1)
     print(f"{n}x{n}: gram {gram:.2f}, sy2sb {first:.2f}, sb2st {second:.2f}, sterf {last:.2f}")
+
+
+def singular(n: int) -> None:
+    """CPU seconds of ``exact``, inverse iteration and an SVD, on two columns that nearly agree."""
+    matrix = weight(n, n, torch.Generator().manual_seed(0), 0.3).float()
+    matrix[:, 5] = matrix[:, 6] * (1 + 1e-7)
+    first, (values, _) = clock(lambda: engines.exact(matrix), 2)
+    second, low = clock(lambda: smallest(matrix.double(), values), 2)
+    last, every = clock(lambda: torch.linalg.svdvals(matrix.double()).flip(0).numpy(), 2)
+    error = "none" if low is None else f"{abs(low - every[: len(low)]).max() / every[-1]:.0e}"
+    print(f"{n}x{n}: exact {first:.2f}, inverse iteration {second:.2f}, SVD {last:.2f}; {error}")
 
 
 def guard(sources: list[str]) -> None:
@@ -114,11 +130,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-error", action="store_true")
     parser.add_argument("--parts", type=int, metavar="N", help="only time exact's parts at n = N")
+    parser.add_argument("--singular", type=int, nargs="+", metavar="N", help="only near-singular")
     parser.add_argument("--guard", nargs="+", metavar="CHECKPOINT", help="only check that bound")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.guard:
         return guard(arguments.guard)
+    if arguments.singular:
+        for n in arguments.singular:
+            singular(n)
+        return None
     if arguments.parts:
         return parts(arguments.parts)
     peak = {"float64": gemm_peak(torch.float64), "float32": gemm_peak(torch.float32)}
