@@ -56,6 +56,8 @@ ENTRIES: dict[str, Callable[[int, int, Generator], np.ndarray]] = {
     "8 bits": lambda m, n, rng: rng.uniform(0.01, 1) * np.round(40 * rng.standard_normal((m, n))),
     "outlier columns": lambda m, n, rng: outliers(m, n, 0.3, rng),
     "uneven columns": lambda m, n, rng: outliers(m, n, 1.5, rng),
+    "huge columns": lambda m, n, rng: huge(m, n, rng),
+    "huge rows": lambda m, n, rng: huge(n, m, rng).T,
 }
 
 
@@ -63,6 +65,13 @@ def outliers(m: int, n: int, spread: float, rng: Generator) -> np.ndarray:
     sizes = np.exp(spread * rng.standard_normal(n))
     sizes[:6] *= 8
     return rng.standard_normal((m, n)) * sizes
+
+
+def huge(m: int, n: int, rng: Generator) -> np.ndarray:
+    """A few columns 10 to 500 times as large as the others, which are uneven too."""
+    made = rng.standard_normal((m, n)) * np.exp(rng.uniform(0, 1) * rng.standard_normal(n))
+    made[:, rng.integers(0, n, rng.integers(1, 12))] *= 10 ** rng.uniform(1, 2.7)
+    return made
 
 
 def hard(sizes: tuple[int, ...], seeds: int = 1) -> Iterator[tuple[str, torch.Tensor]]:

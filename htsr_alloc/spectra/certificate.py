@@ -1,10 +1,11 @@
 """Whether float32 eigenvalues of W^T W are good enough for a fit: how far each may be off, and
 whether every spectrum that near has the same histogram peak.
 
-Rounding spreads over the whole matrix: an eigenvalue moves by u^T E u, where E's size goes with
-||W^T W||_F and not with the largest eigenvalue, which is one direction among n. So the bound is
+Rounding mostly spreads over the whole matrix: an eigenvalue moves by u^T E u, where E's size goes
+with ||W^T W||_F. Where a few columns or rows are very large, one eigenvalue or another takes up to
+half of eps32 times the largest. So the bound is
 
-    eps32 (NOISE r + SELF l),    r = the root mean square of all eigenvalues.
+    eps32 (NOISE r + TOP l_max + SELF l),    r = the root mean square of all eigenvalues.
 
 It is a measured one: docs/PERFORMANCE.md says how much of it real and hard matrices use. It does
 not hold for many equal eigenvalues, whose E is not spread; ``crowded`` finds those.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 EPS32 = float(np.finfo(np.float32).eps)
-NOISE, SELF = 12.0, 32.0
+NOISE, TOP, SELF = 12.0, 2.0, 32.0
 LEAST = 8  # times its error that the least eigenvalue is, or the small ones mean too little
 CLEAR = 1000  # times its error that an eigenvalue is which decides a fit
 CROWD = 1 / 16  # of the eigenvalues that may lie within the error of one place
@@ -25,15 +26,18 @@ UNCERTIFIED = "no peak certified"  # ends the name of what computed such spectra
 
 def float32_error(values: np.ndarray) -> np.ndarray:
     """Bound of the float32 route's error, an eigenvalue each."""
-    return EPS32 * (NOISE * np.sqrt(np.mean(values**2)) + SELF * np.abs(values))
+    everywhere = NOISE * np.sqrt(np.mean(values**2)) + TOP * values[-1]
+    return EPS32 * (everywhere + SELF * np.abs(values))
 
 
 def may_be_meaningful(diagonal: np.ndarray) -> bool:
     """Whether the diagonal of W^T W allows a least eigenvalue above LEAST times its error.
 
-    It is at most the diagonal's least, and r is at least the diagonal's mean.
+    It is at most the diagonal's least, r is at least the diagonal's mean, and the largest
+    eigenvalue its largest.
     """
-    floor = LEAST * EPS32 * NOISE * diagonal.mean(dtype=np.float64)
+    everywhere = NOISE * diagonal.mean(dtype=np.float64) + TOP * diagonal.max()
+    floor = LEAST * EPS32 * everywhere
     return bool(np.isfinite(diagonal).all() and diagonal.min() > floor > 1e-30)
 
 

@@ -48,6 +48,21 @@ def test_float32_uses_at_most_half_of_its_bound_on_hard_matrices(hard):
 
 
 @needs_lapack
+def test_a_few_huge_columns_take_more_than_their_share_of_the_error():
+    """Found by search: the error of one eigenvalue goes with the largest, not with their mean."""
+    draw = torch.Generator().manual_seed(1045)
+    weight = torch.randn(1536, 512, generator=draw)
+    weight *= torch.exp(0.3 * torch.randn(512, generator=draw))
+    count = int(torch.randint(1, 12, (1,), generator=draw))
+    size = 10 ** float(1 + 1.7 * torch.rand(1, generator=draw))
+    weight[:, torch.randperm(512, generator=draw)[:count]] *= size
+    library = engines._library()
+    values = library.sterf(*library.sb2st(library.sy2sb(engines.gram(weight, np.float32), 64)))
+    off, error = abs(values - engines.exact(weight)[0]), certificate.float32_error(values)
+    assert (off / error).max() < 0.5
+
+
+@needs_lapack
 def test_a_float32_diagonal_of_few_values_is_not_all_rounded_one_way():
     generator = torch.Generator().manual_seed(0)
     signs = 0.3377 * (2.0 * torch.randint(0, 2, (4096, 64), generator=generator) - 1)
