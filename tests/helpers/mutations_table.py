@@ -123,7 +123,7 @@ TABLE = (
     ),
     M(
         "fingerprint",
-        "training/study/plan.py",
+        "training/study/cells.py",
         '"train": content_of(task.train)',
         '"train": None',
         "tests/training/test_study.py -k fingerprint",
