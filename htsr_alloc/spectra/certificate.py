@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 EPS32 = float(np.finfo(np.float32).eps)
-NOISE, TOP, SELF = 12.0, 2.0, 32.0
+NOISE, TOP, SELF = 12.0, 1.5, 32.0
 LEAST = 8  # times its error that the least eigenvalue is, or the small ones mean too little
 CLEAR = 1000  # times its error that an eigenvalue is which decides a fit
 CROWD = 1 / 16  # of the eigenvalues that may lie within the error of one place
