@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -27,12 +28,26 @@ _said: list[int] = []  # those of them of which the user was told
 def stop_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the command by way of ``ends_well``."""
 
-    def stop(number: int, _: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         _received.append(number)
+        if _imports_torch(frame):
+            os._exit(say_stopped())
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def _imports_torch(frame: FrameType | None) -> bool:
+    """Whether torch is being imported: an exception in its C++ then aborts the process.
+
+    Nothing is at stake by then, no file is open.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def exit_at_once(code: object) -> None:
