@@ -14,8 +14,8 @@ from htsr_alloc.checkpoints.layers import MatrixRef
 from htsr_alloc.checkpoints.listing import FLOAT_DTYPES
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, OK, Matrix, Metrics, Settings
+from htsr_alloc.records.facts import UNCERTIFIED
 from htsr_alloc.records.means import summarise
-from htsr_alloc.spectra.certificate import UNCERTIFIED
 from htsr_alloc.spectra.estimators import ESTIMATORS, Fit, alpha_hat, fit, stable_rank
 from htsr_alloc.spectra.uncertainty import NOISE, uncertainty
 

@@ -28,6 +28,7 @@ Count = Annotated[int, Meta(ge=0)]
 MAX_BINS = 1_000_000  # of a histogram; there are never as many eigenvalues
 
 SHORT = 50  # eigenvalues in a tail; below, Hill's error alone is 14 % of alpha - 1
+UNCERTIFIED = "no peak certified"  # ends an engine's name: float32 for smooth estimators
 
 # Estimators whose start is the histogram's peak, which noise of 1 % on the weights moves, and the
 # one that docs/ESTIMATORS.md recommends for a decision in their place.

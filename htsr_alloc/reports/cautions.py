@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from htsr_alloc.allocation.findings import known
 from htsr_alloc.records import FAILED, MARKED, Allocation, Metrics
-from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT
+from htsr_alloc.records.facts import FOR_DECISIONS, NOISY, SHORT, UNCERTIFIED
 from htsr_alloc.records.results import Result
 
 
@@ -89,7 +89,7 @@ def _numbers(metrics: Metrics) -> list[Caution]:
             f"{len(uncertain)} of {total}. float64 was used; their peaks are fragile."
         )
         found.append(Caution(text, tuple(m.tensor for m in uncertain)))
-    smooth = [m for m in metrics.matrices if m.engine.endswith("no peak certified")]
+    smooth = [m for m in metrics.matrices if m.engine.endswith(UNCERTIFIED)]
     if smooth:
         text = (
             f"Spectra of float32 accuracy, for estimators that look for no histogram's peak: "

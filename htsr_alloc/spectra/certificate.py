@@ -21,7 +21,6 @@ LEAST = 8  # times its error that the least eigenvalue is, or the small ones mea
 CLEAR = 1000  # times its error that an eigenvalue is which decides a fit
 CROWD = 1 / 16  # of the eigenvalues that may lie within the error of one place
 SMOOTH = 1e4  # times its error that the median is, where alpha is smooth in the eigenvalues
-UNCERTIFIED = "no peak certified"  # ends the name of what computed such spectra
 
 
 def float32_error(values: np.ndarray) -> np.ndarray:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.records.facts import UNCERTIFIED
 from htsr_alloc.spectra import ROW_CHUNK, lapack
 from htsr_alloc.spectra.band import FLOOR, IN_RANGE, band
 from htsr_alloc.spectra.certificate import (
     CLEAR,
     LEAST,
-    UNCERTIFIED,
     band_error,
     crowded,
     float32_error,
