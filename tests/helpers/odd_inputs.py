@@ -46,6 +46,11 @@ odd_matrix("minus Inf", "holds Inf", lambda t: t.full((64, 64), float("-inf"), d
 odd_matrix("all zero", "all weights are zero", lambda t: t.zeros(64, 64))
 odd_matrix("constant", "only 1 eigenvalues", lambda t: t.full((64, 64), 0.25))
 odd_matrix("identity", "all eigenvalues are equal", lambda t: t.eye(64))
+odd_matrix(
+    "orthogonal, scaled",
+    "equal within the rounding of float64",
+    lambda t: (t.linalg.qr(t.randn(64, 64, dtype=t.float64))[0] / 3).contiguous(),
+)
 odd_matrix("subnormal float32", "", lambda t: t.full((64, 64), 1e-44))
 odd_matrix("subnormal float64", "out of float64", lambda t: t.eye(64, dtype=t.float64) * 1e-310)
 odd_matrix("largest float64", "out of float64", lambda t: t.eye(64, dtype=t.float64) * 1e308)

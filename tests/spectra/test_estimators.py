@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import FAILED, MARKED, OK
-from htsr_alloc.spectra.estimators import ESTIMATORS, alpha_hat, fit, stable_rank
+from htsr_alloc.spectra.estimators import ESTIMATORS, _histogram, alpha_hat, fit, stable_rank
 
 RNG = np.random.default_rng(0)
 
@@ -116,6 +116,7 @@ def test_alpha_does_not_depend_on_the_scale(estimator):
         ([], "only 0 eigenvalues"),
         ([1.0, 2.0], "only 2 eigenvalues"),
         ([2.0, 2.0, 2.0], "all eigenvalues are equal"),
+        ([1 / 3 * (1 + i * 2**-52) for i in range(64)], "equal within the rounding of float64"),
         ([0.0, 1.0, 2.0], "not positive and finite"),
         ([1.0, 2.0, math.inf], "not positive and finite"),
         ([1.0, 2.0, math.nan], "not positive and finite"),
@@ -140,6 +141,18 @@ def test_few_eigenvalues_are_marked_and_fifty_are_not():
     assert fit(values[1:]).status == MARKED
     assert fit(values[1:]).reason == "only 49 eigenvalues (< 50)"
     assert (fit(values).status, fit(values).reason) == (OK, None)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 100, 1000])
+def test_the_histogram_is_numpys(bins):
+    rng = np.random.default_rng(bins)
+    spectra = [np.log10(values) for values in SPECTRA.values()]
+    grids = [np.sort(rng.integers(0, 60, 80)) / rng.integers(1, 50) for _ in range(200)]
+    for x in (*spectra, *grids):  # a grid has values on the edges
+        counts, edges = np.histogram(x, bins)
+        found = _histogram(x, bins)
+        assert found[0].tolist() == counts.tolist()
+        assert found[1].tolist() == edges.tolist()
 
 
 def test_the_gap_of_the_two_fullest_bins():
