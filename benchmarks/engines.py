@@ -7,6 +7,10 @@ matrix by symmetry, the tridiagonalisation) against gemm's rate in the engine's 
 measured in the same run. The error is that of the least, the largest and alpha (`official`)
 against float64 svdvals, which --no-error leaves out: it takes longest by far.
 
+    python benchmarks/engines.py --parts 512 1024 1536 4096
+
+times the parts of `exact`, and says how near each comes to gemm's peak.
+
     python benchmarks/engines.py --singular 1024 2048 4096
 
 times what is done with a square matrix whose least eigenvalue a Gram matrix cannot tell from zero.
@@ -58,15 +62,37 @@ def gemm_peak(dtype: torch.dtype, n: int = 2048) -> float:
     return 2 * n**3 / min(seconds)
 
 
-def parts(n: int) -> None:
-    """CPU seconds of each part of ``exact`` in two stages, on an n x n matrix."""
-    library = lapack.load()
+def parts(n: int, peak: float) -> None:
+    """CPU seconds of each part of ``exact`` on an n x n matrix, and its share of gemm's peak.
+
+    Beside them, the products that the first stage is made of, at full size: n x n by its width.
+    """
+    library, kd = lapack.load(), engines.bandwidth(n)
     matrix = weight(n, n, torch.Generator().manual_seed(0))
-    gram, a = clock(lambda: engines.gram(matrix), 1)
-    first, band = clock(lambda: library.sy2sb(a, engines.bandwidth(n)), 1)
-    second, (d, e) = clock(lambda: library.sb2st(band), 1)
-    last, _ = clock(lambda: library.sterf(d, e), 1)
-    print(f"{n}x{n}: gram {gram:.2f}, sy2sb {first:.2f}, sb2st {second:.2f}, sterf {last:.2f}")
+    gram, a = clock(lambda: engines.gram(matrix), 3)
+    rows = [("Gram matrix, syrk", gram, n**3)]
+    if kd:
+        wide, tall = np.asfortranarray(a + np.tril(a, -1).T), np.ones((n, kd), order="F")
+        out, total = np.empty_like(tall), np.zeros_like(wide)
+        sizes = ("L", n, kd, 1.0)
+        by = clock(lambda: library._call("dsymm", "L", *sizes, wide, n, tall, n, 0.0, out, n), 3)
+        to = clock(
+            lambda: library._call("dsyr2k", "L", "N", *sizes[1:], tall, n, out, n, 1.0, total, n),
+            3,
+        )
+        seconds, band = clock(lambda: library.sy2sb(a.copy(order="F"), kd), 2)
+        rows += [(f"to a band of {kd}, sytrd_sy2sb", seconds, 4 / 3 * n**3)]
+        rows += [(f"  of it, symm by {kd} columns", by[0], 2 * n * n * kd)]
+        rows += [(f"  of it, syr2k of {kd} columns", to[0], 2 * n * n * kd)]
+        seconds, (d, e) = clock(lambda: library.sb2st(band.copy(order="F")), 2)
+        rows += [("chasing its bulges, sytrd_sb2st", seconds, 6 * n * n * kd)]
+    else:
+        seconds, (d, e) = clock(lambda: library.sytrd(a.copy(order="F")), 3)
+        rows += [("to a tridiagonal, sytrd", seconds, 4 / 3 * n**3)]
+    rows += [("its eigenvalues, sterf", clock(lambda: library.sterf(d, e), 3)[0], 0)]
+    for name, seconds, flops in rows:
+        share = f"{flops / seconds / peak:8.0%}" if flops else ""
+        print(f"{n:6} {name:33} {seconds:8.4f} {share}", flush=True)
 
 
 def singular(n: int) -> None:
@@ -129,7 +155,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-error", action="store_true")
-    parser.add_argument("--parts", type=int, metavar="N", help="only time exact's parts at n = N")
+    parser.add_argument("--parts", type=int, nargs="+", metavar="N", help="only time exact's parts")
     parser.add_argument("--singular", type=int, nargs="+", metavar="N", help="only near-singular")
     parser.add_argument("--guard", nargs="+", metavar="CHECKPOINT", help="only check that bound")
     arguments = parser.parse_args()
@@ -140,10 +166,12 @@ def main() -> None:
         for n in arguments.singular:
             singular(n)
         return None
-    if arguments.parts:
-        return parts(arguments.parts)
     peak = {"float64": gemm_peak(torch.float64), "float32": gemm_peak(torch.float32)}
     print("gemm peak of one core, GFLOP/s:", {k: round(v / 1e9) for k, v in peak.items()})
+    if arguments.parts:
+        for n in arguments.parts:
+            parts(n, peak["float64"])
+        return None
     print(
         f"{'shape':>11} {'engine':>13} {'CPU s':>8} {'of peak':>8}   errors: least, largest, alpha"
     )
