@@ -305,6 +305,34 @@ def test_one_model_of_all_tasks_is_tuned_on_their_mean_and_tested_on_each(folder
     assert " left)" not in invoke("study", path.name, "--device", "cpu").stderr
 
 
+def test_two_seeds_that_tune_keep_a_rate_at_which_one_of_them_fails_from_the_third(folder):
+    rows = [{"name": "uniform", "main": True}, {"name": "GOAT", "system": "goat"}]
+    plan = {**TUNED, "rows": rows, "seeds": [1, 2, 3], "tuning_seeds": 2}
+    study = read_study(saved(folder, plan))
+    assert planned(study) == (2 * 2 + 1) + 2
+    low, high = RATES
+    done, order = {}, []
+    loss = {(low, 1): 0.5, (high, 1): 0.3, (low, 2): 0.5, (high, 2): 0.9}  # seed 1 prefers high
+    while todo := [cell for cell in cells(study, done) if not cell.is_in(done)]:
+        cell = todo[0]
+        order.append((cell.row.name, cell.seed, cell.rate))
+        assert cell.tunes(study) == (cell.seed <= (2 if cell.row.main else 1))
+        value = loss.get((cell.rate, cell.seed), 0.5)
+        done[cell.keys[0]] = {"valid_loss": value, "diverged": None}
+    tuning = [("uniform", seed, rate) for seed in (1, 2) for rate in RATES]
+    others = [("GOAT", 1, rate) for rate in RATES]
+    assert order == [*tuning, ("uniform", 3, low), *others]
+    assert len(order) == planned(study)
+    done["words", "uniform", 2, low]["diverged"] = "a reason"
+    assert chosen(study, done, ["words"], study.rows[0]) == (high,)
+
+
+def test_more_seeds_to_tune_with_than_there_are_is_refused(folder):
+    study = read_study(saved(folder, {**TUNED, "tuning_seeds": 3}))
+    with pytest.raises(HtsrError, match="tunes with 3 seeds and has 2"):
+        check_rows(study)
+
+
 def test_the_mix_holds_every_row_once_and_as_many_steps_as_the_tasks(folder, monkeypatch):
     from htsr_alloc.training.study import running
 

@@ -72,36 +72,50 @@ class Cell:
 
     def tunes(self, study: Study) -> bool:
         """Whether its loss on validation rows has a part in the choice of the rate."""
-        return self.rate is not None and self.seed == study.seeds[0]
+        return self.rate is not None and self.seed in study.tuning(self.row)
 
 
 def cells(study: Study, done: Done = NOTHING) -> list[Cell]:
     """What is to run, as far as ``done`` tells which rates are the best.
 
     The main rows of every task, seed by seed; then the others with the first seed. Where rates are
-    chosen, the first seed runs at each of them, and the other seeds at the best.
+    chosen, the tuning seeds run at each of them, and the other seeds at the best.
     """
     main = [row for row in study.rows if row.main]
     others = [row for row in study.rows if not row.main]
-    first, *more = study.seeds
 
     def tried(tasks: tuple[str, ...], rows: Sequence[RowSpec]) -> list[Cell]:
-        return [Cell(tasks, row, first, rate) for row in rows for rate in study.rates(row)]
+        depth = max((len(study.tuning(row)) for row in rows), default=0)
+        return [
+            Cell(tasks, row, seed, rate)
+            for seed in study.seeds[:depth]
+            for row in rows
+            if seed in study.tuning(row)
+            for rate in study.rates(row)
+        ]
 
     found = []
     for tasks in study.groups:
         best = {row.name: chosen(study, done, tasks, row) for row in main}
         found += tried(tasks, main)
         found += [
-            Cell(tasks, row, s, rate) for s in more for row in main for rate in best[row.name]
+            Cell(tasks, row, seed, rate)
+            for seed in study.seeds
+            for row in main
+            if seed not in study.tuning(row)
+            for rate in best[row.name]
         ]
     return found + [cell for tasks in study.groups for cell in tried(tasks, others)]
 
 
 def planned(study: Study) -> int:
     """How many cells there are when all is known."""
-    each = (len(study.rates(row)) + row.main * (len(study.seeds) - 1) for row in study.rows)
-    return len(study.groups) * sum(each)
+
+    def each(row: RowSpec) -> int:
+        tuning = len(study.tuning(row))
+        return tuning * len(study.rates(row)) + row.main * (len(study.seeds) - tuning)
+
+    return len(study.groups) * sum(map(each, study.rows))
 
 
 def chosen(
@@ -109,14 +123,15 @@ def chosen(
 ) -> tuple[float | None, ...]:
     """The one rate to test with, as a tuple; empty before it is known.
 
-    It is that of the first seed's least validation loss, a mean over the tasks of one model; a run
-    that diverged loses to every other.
+    It is that of the least validation loss, a mean over the tuning seeds and over the tasks of one
+    model; a rate at which one of them diverged loses to every other.
     """
     rates, losses = study.rates(row), []
     if not study.tuned(row):
         return rates
     for rate in rates:
-        lines = [done.get((task, row.name, study.seeds[0], rate)) for task in tasks]
+        keys = [(task, row.name, seed, rate) for task in tasks for seed in study.tuning(row)]
+        lines = [done.get(key) for key in keys]
         if None in lines:
             return ()
         values = [line["valid_loss"] for line in lines if line and not line["diverged"]]

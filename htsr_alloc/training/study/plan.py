@@ -85,8 +85,9 @@ class RowSpec:
 class Study:
     """A whole study. ``experts`` (T) and ``r`` set the budget that every row has to meet.
 
-    With ``learning_rates`` each row is trained at every one of them with the first seed, and the
-    other seeds at the one with the least loss on the tasks' first ``valid_rows`` validation rows.
+    With ``learning_rates`` each row is trained at every one of them with the first
+    ``tuning_seeds`` seeds (a row that is not main with the first), and with the others at the one
+    with the least loss on the tasks' first ``valid_rows`` validation rows.
 
     ``regime``: ``each`` task by itself, all ``together`` (the rows of every task in one training,
     of as many steps as theirs together), or in ``sequence``, one after the other with the same
@@ -109,6 +110,7 @@ class Study:
     eval_batch_size: Positive = 32
     recipe: Recipe = field(default_factory=Recipe)
     learning_rates: tuple[Rate, ...] = ()
+    tuning_seeds: Positive = 1
     valid_rows: Positive | None = None
     regime: Literal["each", "together", "sequence"] = "each"
 
@@ -125,6 +127,10 @@ class Study:
     def rates(self, row: RowSpec) -> tuple[float | None, ...]:
         """The grid of a row; one None for a row that is not tuned."""
         return (row.learning_rates or self.learning_rates) if self.tuned(row) else (None,)
+
+    def tuning(self, row: RowSpec) -> tuple[int, ...]:
+        """The seeds that run at every rate of a row."""
+        return self.seeds[: self.tuning_seeds if row.main and self.tuned(row) else 1]
 
     def allocation(self, row: RowSpec, budget: int, task: str) -> Allocation:
         """A row's experts per layer for a budget T, on a task."""
@@ -194,8 +200,13 @@ def check_rows(study: Study) -> None:
     Raises:
         HtsrError: an unknown system or one that the regime does not suit, an allocation that
             cannot be made, or a grid of another length, with the row's name; a task without
-            validation rows to tune on.
+            validation rows to tune on; fewer seeds than tune.
     """
+    if study.tuning_seeds > len(study.seeds):
+        raise HtsrError(
+            f"The study tunes with {study.tuning_seeds} seeds and has {len(study.seeds)}.",
+            "Give it as many `seeds`.",
+        )
     for name, task in study.tasks.items():
         if study.learning_rates and task.valid is None:
             raise HtsrError(f"The task {name} has no validation rows.", "Tuning needs `valid`.")

@@ -100,8 +100,10 @@ def _tuning(study: Study, lines: Sequence[Line]) -> list[str]:
     edges = [f"{line.row} on {line.task}" for line in lines if line.edge]
     said = (
         f"*rate* is the best of {len(study.learning_rates)} by the loss on validation rows with "
-        f"seed {study.seeds[0]}"
+        f"seed {', '.join(map(str, study.seeds[: study.tuning_seeds]))}"
     )
+    if study.tuning_seeds > 1:
+        said += f" (a row that has one seed: with {study.seeds[0]})"
     if edges:
         said += "; * is at an end of its grid, so that a better one may lie beyond it"
     groups = (
