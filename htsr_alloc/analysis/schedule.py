@@ -74,19 +74,26 @@ def run(
     waiting = list(range(len(tasks)))
     running: dict[Future[Result], int] = {}
     pool = ThreadPoolExecutor(workers, "htsr", start_thread)
+
+    def fill() -> None:
+        used = sum(costs[i] for i in running.values())
+        position = 0
+        while len(running) < workers and position < len(waiting):
+            i = waiting[position]
+            if used + costs[i] <= budget:
+                running[pool.submit(work, tasks[i])] = waiting.pop(position)
+                used += costs[i]
+            else:
+                position += 1
+
     try:
-        while waiting or running:
-            used = sum(costs[i] for i in running.values())
-            position = 0
-            while len(running) < workers and position < len(waiting):
-                i = waiting[position]
-                if used + costs[i] <= budget:
-                    running[pool.submit(work, tasks[i])] = waiting.pop(position)
-                    used += costs[i]
-                else:
-                    position += 1
+        fill()
+        while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield tasks[running.pop(future)], future.result()
+            finished = [(running.pop(future), future) for future in done]
+            if all(future.exception() is None for future in done):
+                fill()  # before the caller, who may write to disk, has the results
+            for i, future in finished:
+                yield tasks[i], future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
