@@ -284,6 +284,13 @@ def test_every_system_meets_the_budget(system, tmp_path):
     assert made.adapter.lora_alpha / made.adapter.r == 2
 
 
+def test_a_row_may_train_ten_times_the_budget(tmp_path):
+    study = on_smollm2_shapes(tmp_path)
+    one, ten = (fitted(study, RowSpec("LoRA", system="lora", times=n)) for n in (1, 10))
+    assert ten.size.total == pytest.approx(10 * one.size.total, rel=0.02)
+    assert ten.adapter.lora_alpha / ten.adapter.r == 2
+
+
 def test_a_budget_that_cannot_be_met_is_refused(tmp_path):
     study = on_smollm2_shapes(tmp_path, experts=LAYERS, r=1, lora_alpha=2)
     with pytest.raises(HtsrError, match=r"MoR trains .* of the budget's"):

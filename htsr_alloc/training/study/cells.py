@@ -185,7 +185,13 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 # Fields that the first study's rows did not have, and what they were then.
-LATER: Mapping[str, Any] = {"settings": {}, "match": "total", "draw": None, "spread": None}
+LATER: Mapping[str, Any] = {
+    "settings": {},
+    "match": "total",
+    "times": 1,
+    "draw": None,
+    "spread": None,
+}
 
 
 def _row(row: RowSpec) -> dict[str, Any]:

@@ -53,9 +53,10 @@ class RowSpec:
     ``scores`` the task stands for ``{task}``. ``main`` rows run with every seed, the others
     with the first. What is None is the study's. ``settings`` are the system's, as those of
     ``htsr train --set``. ``match`` says which parameters are the baseline's, all of them or
-    those that act on a token. ``draw`` is the seed of a random strategy: the other allocations of
-    the same system have to beat the rows that have one. ``learning_rates`` are a grid of the row's
-    own, as long as the study's; a row with a ``learning_rate`` is not tuned.
+    those that act on a token, and ``times`` how many times as many the row trains. ``draw`` is the
+    seed of a random strategy: the other allocations of the same system have to beat the rows that
+    have one. ``learning_rates`` are a grid of the row's own, as long as the study's; a row with a
+    ``learning_rate`` is not tuned.
     """
 
     name: str
@@ -71,6 +72,7 @@ class RowSpec:
     learning_rate: Rate | None = None
     settings: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     match: Literal["total", "active"] = "total"
+    times: Positive = 1
     draw: Annotated[int, Meta(ge=0)] | None = None
     learning_rates: tuple[Rate, ...] = ()
     scores: Path | None = None

@@ -104,7 +104,7 @@ def _line(
     return Line(
         task,
         row.name,
-        row.match,
+        row.match if row.times == 1 else f"{row.times} × {row.match}",
         len(own),
         first["n"] or 0,
         first["trainable"],
