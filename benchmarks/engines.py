@@ -35,6 +35,7 @@ from synthetic import weight
 from htsr_alloc.checkpoints.layers import map_layers
 from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.spectra import certificate, engines, lapack
+from htsr_alloc.spectra.band import symmetric_band
 from htsr_alloc.spectra.estimators import fit
 from htsr_alloc.spectra.smallest import smallest
 
@@ -72,18 +73,13 @@ def parts(n: int, peak: float) -> None:
     gram, a = clock(lambda: engines.gram(matrix), 3)
     rows = [("Gram matrix, syrk", gram, n**3)]
     if kd:
-        wide, tall = np.asfortranarray(a + np.tril(a, -1).T), np.ones((n, kd), order="F")
-        out, total = np.empty_like(tall), np.zeros_like(wide)
-        sizes = ("L", n, kd, 1.0)
-        by = clock(lambda: library._call("dsymm", "L", *sizes, wide, n, tall, n, 0.0, out, n), 3)
-        to = clock(
-            lambda: library._call("dsyr2k", "L", "N", *sizes[1:], tall, n, out, n, 1.0, total, n),
-            3,
-        )
-        seconds, band = clock(lambda: library.sy2sb(a.copy(order="F"), kd), 2)
-        rows += [(f"to a band of {kd}, sytrd_sy2sb", seconds, 4 / 3 * n**3)]
-        rows += [(f"  of it, symm by {kd} columns", by[0], 2 * n * n * kd)]
-        rows += [(f"  of it, syr2k of {kd} columns", to[0], 2 * n * n * kd)]
+        x, total = np.ones((n, kd), order="F"), a.copy(order="F")
+        by, _ = clock(lambda: library.symm(a, x, np.empty_like(x)), 3)
+        to, _ = clock(lambda: library.syr2k(x, x, total), 3)
+        seconds, band = clock(lambda: symmetric_band(library, a.copy(order="F"), kd), 2)
+        rows += [(f"to a band of {kd}, symmetric_band", seconds, 4 / 3 * n**3)]
+        rows += [(f"  of it, symm by {kd} columns", by, 2 * n * n * kd)]
+        rows += [(f"  of it, syr2k of {kd} columns", to, 2 * n * n * kd)]
         seconds, (d, e) = clock(lambda: library.sb2st(band.copy(order="F")), 2)
         rows += [("chasing its bulges, sytrd_sb2st", seconds, 6 * n * n * kd)]
     else:
@@ -111,7 +107,6 @@ def guard(sources: list[str]) -> None:
 
     Errors are of spectra that the route does not give up for other reasons.
     """
-    library = lapack.load()
     worst: defaultdict[str, float] = defaultdict(float)
     done: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for source, tall in rectangular(sources):
@@ -119,8 +114,8 @@ def guard(sources: list[str]) -> None:
         done[source][found[1] if found else "not certain"] += 1
         exact = engines.exact(tall)[0]
         gram = engines.gram(tall, np.float32)
-        band = library.sy2sb(gram.copy(order="F"), engines.WIDTH)
-        for values in (library.sterf(*library.sb2st(band)), engines.symmetric_eigenvalues(gram)):
+        two = engines.symmetric_eigenvalues(gram.copy(order="F"), engines.WIDTHS[4])
+        for values in (two, engines.symmetric_eigenvalues(gram)):
             error = certificate.float32_error(values)
             if values[0] >= certificate.LEAST * error[0] and not certificate.crowded(values, error):
                 share = float((abs(values - exact) / error).max())

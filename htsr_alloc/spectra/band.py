@@ -1,7 +1,8 @@
-"""A matrix to an upper band with the same singular values, by BLAS 3 in float32.
+"""A matrix to a band by Householder reflections, nearly all of it BLAS 3.
 
-Unlike a Gram matrix a band of W itself does not square the condition, so that float32 keeps small
-singular values to eps32 s_max: as accurate as float32 svdvals, at a quarter of its time.
+``symmetric_band`` takes a Gram matrix to a band of the same eigenvalues. ``band`` takes W itself to
+one of the same singular values, in float32: that does not square the condition, so that it keeps
+small singular values to eps32 s_max: as accurate as float32 svdvals, at a quarter of its time.
 """
 
 from __future__ import annotations
@@ -37,17 +38,12 @@ def band(library: Lapack, tall: torch.Tensor, width: int = WIDTH) -> np.ndarray:
         b = min(width, n - j)
         rest = n - j - b
         below = m - j - b
-        panel = a[j:, j : j + b]
-        t = np.empty((b, b), kind, order="F")
-        library.geqrt(panel, t)
-        corner = np.triu(panel[:b]).astype(np.float64)
+        v = a[j:, j : j + b]
+        corner, t = library.reflectors(v)
+        corner = corner.astype(np.float64)
         _add(symmetric, corner.T @ corner, j, j)
         if rest == 0:
             break
-        v = panel
-        v[:b] = np.tril(v[:b], -1)
-        v[np.arange(b), np.arange(b)] = 1
-        t = np.asfortranarray(np.triu(t))
         rhs = right[: rest * 2 * b].reshape((rest, 2 * b), order="F")
         y, u = rhs[:, :b], rhs[:, b:]
         # Y = A^T V T
@@ -57,15 +53,11 @@ def band(library: Lapack, tall: torch.Tensor, width: int = WIDTH) -> np.ndarray:
         u[:] = a[j : j + b, j + b :].T
         library.gemm("N", "T", -1.0, y, np.asfortranarray(v[:b]), 1.0, u)
         c = min(b, rest)
-        s = np.empty((c, c), kind, order="F")
-        library.geqrt(u, s)
-        side = np.triu(u[:c]).astype(np.float64).T  # (b, c) lower triangle or trapezoid
+        side, s = library.reflectors(u)
+        side = side.astype(np.float64).T  # (b, c) lower triangle or trapezoid
         _add(symmetric, side.T @ side, j + b, j + b)
         _add(symmetric, side.T @ corner, j + b, j)
         u = u[:, :c]
-        u[:c] = np.tril(u[:c], -1)
-        u[np.arange(c), np.arange(c)] = 1
-        s = np.asfortranarray(np.triu(s))
         lhs = left[: below * (b + c)].reshape((below, b + c), order="F")
         rhs = right[: rest * (b + c)].reshape((rest, b + c), order="F")
         lhs[:, :b] = v[b:]
@@ -79,6 +71,43 @@ def band(library: Lapack, tall: torch.Tensor, width: int = WIDTH) -> np.ndarray:
         library.trmm("R", "U", "N", 1.0, s, x)
         library.gemm("N", "T", -1.0, lhs, rhs, 1.0, inner)
     return symmetric
+
+
+def symmetric_band(library: Lapack, a: np.ndarray, width: int) -> np.ndarray:
+    """A band, in lower storage, orthogonally similar to a symmetric matrix.
+
+    For each block column: QR of it below the band, applied from both sides as one update of rank
+    2 k, A -= V X^T + X V^T. LAPACK's ``sytrd_sy2sb`` does the same with a slower product A V.
+
+    Args:
+        a: (n, n) Fortran, float32 or float64; its lower triangle is read, and lost.
+
+    Returns:
+        (width + 1, n) Fortran, of a's dtype.
+    """
+    n, kind = len(a), a.dtype
+    found = np.zeros((width + 1, n), kind, order="F")
+    space = np.empty(2 * n * width, kind)
+    for j in range(0, n, width):
+        end = min(j + width, n)
+        _add(found, a[j:end, j:end], j, j)
+        if end == n:
+            break
+        panel, rest = a[end:, j:end], a[end:, end:]
+        r, t = library.reflectors(panel)
+        _add(found, r, end, j)
+        m, k = len(rest), len(r)
+        v, both = panel[:, :k], space[: 2 * m * k].reshape((m, 2 * k), order="F")
+        # X = A U - V (U^T A U) / 2 with U = V T
+        u, x = both[:, :k], both[:, k:]
+        u[:] = v
+        library.trmm("R", "U", "N", 1.0, t, u)
+        library.symm(rest, u, x)
+        product = np.empty((k, k), kind, order="F")
+        library.gemm("T", "N", 1.0, u, x, 0.0, product)
+        library.gemm("N", "N", -0.5, v, product, 1.0, x)
+        library.syr2k(v, x, rest)
+    return found
 
 
 def _add(symmetric: np.ndarray, block: np.ndarray, row: int, column: int) -> None:

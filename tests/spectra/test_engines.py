@@ -31,11 +31,30 @@ def reference(weight: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("n", [2, 63, 64, 65, 200, 513])
 @pytest.mark.parametrize("kd", [0, 8, 64])
 def test_one_stage_and_two_give_the_same_eigenvalues(n, kd, monkeypatch):
-    monkeypatch.setattr(engines, "bandwidth", lambda n: kd if n > kd else 0)
+    monkeypatch.setattr(engines, "bandwidth", lambda n, size=8: kd if n > kd else 0)
     weight = heavy(n + 30, n)
     values, name = engines.exact(weight)
     np.testing.assert_allclose(values, reference(weight), rtol=1e-10)
     assert name.endswith("two stages" if kd and n > kd else "one stage")
+
+
+@needs_lapack
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "width"), [(1, 4), (5, 4), (9, 4), (300, 48), (700, 64)])
+def test_the_symmetric_band_is_similar_to_the_matrix(n, width, kind):
+    made = np.random.default_rng(n).standard_normal((n, n))
+    whole = (made + made.T).astype(kind)
+    lower = np.asfortranarray(np.tril(whole))
+    lower[np.triu_indices(n, 1)] = np.nan  # is not read
+    found = band.symmetric_band(lapack.load(), lower, width)
+    assert found.dtype == kind
+    full = np.zeros((n, n))
+    for k in range(min(width + 1, n)):
+        full += np.diag(found[k, : n - k], -k)
+        assert not found[k, n - k :].any()
+    eps = 20 * np.finfo(kind).eps * np.sqrt(n)
+    expected = np.linalg.eigvalsh(whole.astype(np.float64))
+    np.testing.assert_allclose(np.linalg.eigvalsh(full), expected, atol=eps * abs(expected).max())
 
 
 @needs_lapack
