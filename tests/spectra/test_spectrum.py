@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from htsr_alloc.errors import HtsrError
@@ -129,6 +129,7 @@ def test_no_spectrum_has_a_reason(weight, reason):
 
 @settings(max_examples=60, deadline=None)
 @given(m=st.integers(1, 12), n=st.integers(1, 12), seed=st.integers(0, 99), rank=st.integers(0, 12))
+@example(m=8, n=8, seed=67, rank=8)  # its least eigenvalue is 3e-11 of the largest
 def test_any_small_matrix(m, n, seed, rank):
     rank = min(rank, m, n)
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +140,13 @@ def test_any_small_matrix(m, n, seed, rank):
     assert len(found.eigenvalues) == true_rank
     if true_rank:
         expected = reference(weight)[-true_rank:]
-        np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-7)
+        # A Gram matrix has an absolute error; what is within 100 times that is computed again.
+        error = min(m, n) * np.finfo(float).eps * expected[-1]
+        again = expected < 90 * error
+        np.testing.assert_allclose(found.eigenvalues[again], expected[again], rtol=1e-7)
+        np.testing.assert_allclose(
+            found.eigenvalues[~again], expected[~again], rtol=1e-10, atol=error
+        )
     else:
         assert found.reason == "all weights are zero"
 
