@@ -79,7 +79,7 @@ def train(
     from htsr_alloc.training import models
     from htsr_alloc.training.identity import classes_of
     from htsr_alloc.training.methods import adapter_for, recipe_for
-    from htsr_alloc.training.run import PICTURE, Run, is_first
+    from htsr_alloc.training.run import PICTURE, Run, is_first, leave
     from htsr_alloc.training.run import train as fine_tune
 
     models.silence()
@@ -112,6 +112,7 @@ def train(
         task,
     )
     done = fine_tune(asked, resume=resume, progress=screen.watched, note=screen.note)
+    leave()
     if not is_first():
         return
     steps = f"step {done.steps}"

@@ -186,6 +186,12 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def leave() -> None:
+    """End this process's part in torch.distributed, whose threads can abort Python's exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _earlier(run: Run, resume: bool, note: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, if that is asked for.
 
