@@ -52,6 +52,20 @@ def test_a_task_that_does_not_fit_lets_a_smaller_one_pass():
     assert started[-1] == 7
 
 
+def test_the_next_task_runs_while_a_result_is_being_written():
+    second = threading.Event()
+
+    def work(task):
+        if task == 2:
+            second.set()
+        return task
+
+    results = run([1, 2], work, workers=1, cost=lambda task: 1, budget=1)
+    assert next(results) == (1, 1)  # and now the caller takes its time
+    assert second.wait(10)
+    assert list(results) == [(2, 2)]
+
+
 def test_what_can_never_fit_is_refused_before_any_work():
     with pytest.raises(HtsrError, match=r"One matrix takes 11 MB, and .* leaves 10 MB") as caught:
         next(run([1, 11], print, workers=2, cost=lambda task: task * 10**6, budget=10**7))

@@ -52,9 +52,8 @@ def fitted(study: Study, row: RowSpec, task: str = "") -> Fitted:
     """A row of the study with the parameters of uniform AlphaLoRA at the study's T and r.
 
     They are all that are trained, or those active on a token, as the row's ``match`` says, and
-    ``times`` as many. What
-    moves is the system's ``budget_knob``: T, or r; for a baseline the ranks in proportion;
-    nothing where a row has those parameters already. Experts do not change what is active with
+    ``times`` as many. What moves is the system's ``budget_knob``: T, or r; for a baseline the ranks
+    in proportion; nothing where a row has those parameters already. Experts do not change what is active with
     top-k, and stay as they are in that group. alpha / r stays the same. Full fine-tuning trains
     every parameter, whatever the budget.
 
