@@ -53,9 +53,9 @@ def fitted(study: Study, row: RowSpec, task: str = "") -> Fitted:
 
     They are all that are trained, or those active on a token, as the row's ``match`` says, and
     ``times`` as many. What moves is the system's ``budget_knob``: T, or r; for a baseline the ranks
-    in proportion; nothing where a row has those parameters already. Experts do not change what is active with
-    top-k, and stay as they are in that group. alpha / r stays the same. Full fine-tuning trains
-    every parameter, whatever the budget.
+    in proportion; nothing where a row has those parameters already. Experts do not change what is
+    active with top-k, and stay as they are in that group. alpha / r stays the same. Full
+    fine-tuning trains every parameter, whatever the budget.
 
     Raises:
         HtsrError: no setting is within 1 % of it.
