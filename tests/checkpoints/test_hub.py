@@ -80,7 +80,8 @@ def test_headers_come_by_ranges_before_any_shard(analysed):
 
 
 def test_shards_are_fetched_once_one_at_a_time_and_nothing_else(analysed):
-    assert [name for name, _, _ in analysed.downloads] == FILES
+    # Each of two workers asks for its matrix's shard: which of two neighbours comes first is open.
+    assert sorted(name for name, _, _ in analysed.downloads) == FILES
     for (_, _, end), (_, start, _) in itertools.pairwise(analysed.downloads):
         assert end <= start
     assert not any(r["path"].endswith(".bin") for r in analysed.requests)
