@@ -149,13 +149,27 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(invoke, work):
     assert json.loads((work / "out" / "run.json").read_text())["steps"] == 2
 
 
+def join_a_group(folder):
+    store = torch.distributed.FileStore(str(folder / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
 def test_a_process_leaves_its_group(tmp_path):
     """One that is alive at Python's exit aborted a process in one run of some hundreds."""
     leave()  # of none
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    join_a_group(tmp_path)
     leave()
     assert not torch.distributed.is_initialized()
+
+
+def test_train_leaves_its_group_at_the_end(invoke, work):
+    join_a_group(work)
+    try:
+        done = invoke(*arguments("out", "--steps", 1))
+        assert done.rc == 0, done.stderr
+        assert not torch.distributed.is_initialized()
+    finally:
+        leave()
 
 
 def test_two_processes_have_the_losses_of_one(invoke, work):
