@@ -7,60 +7,105 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from htsr_alloc import files
+from htsr_alloc.allocation.strategies import Explicit
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.records import Allocation
+from htsr_alloc.records import Allocation, StrategyRecord
 from htsr_alloc.records.convert import convert
 
 FILE = Path(__file__).with_name("findings.json")
 
 
+REGIMES = {"each": "", "together": ", learnt together", "sequence": ", one after the other"}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The loss less that of the uniform allocation, in nats, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def clause(self) -> str:
+        """For people."""
+        return (
+            f"loss {self.mean:+.3f} from uniform, 95 % interval {self.low:+.3f} to "
+            f"{self.high:+.3f} ({_seeds(self.seeds)})"
+        )
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One way of allocating among random allocations of the same spread, by the loss of each task.
+    """One way of allocating against uniform and against random allocations of the same spread.
 
     Attributes:
         study: the plan's name. model: what was trained.
+        regime: what one model learnt, as the plan has it.
         tasks: all that were compared. rows: test rows of each.
-        draws: random allocations.
-        unit: what was allocated, experts or ranks.
+        unit: what was allocated, experts or ranks. targets: roles that were adapted, all there are.
         strategy, metric, estimator, beta: as an allocation file has them.
-        better, worse: the tasks on which it was better, or worse, than every random one.
+        uniform: the mean difference over the tasks; None for uniform itself.
+        draws: random allocations, 0 where there were none. draw_seeds: seeds that all have.
+        better, worse: the tasks on which the loss was below, or above, every random one's.
     """
 
     study: str
     model: str
+    regime: Literal["each", "together", "sequence"]
     tasks: tuple[str, ...]
     rows: int
-    draws: int
     unit: str
+    targets: tuple[str, ...]
     strategy: str
     metric: str | None
     estimator: str | None
     beta: float | None
+    uniform: Gap | None
+    draws: int
+    draw_seeds: int
     better: tuple[str, ...]
     worse: tuple[str, ...]
 
     @property
     def sentence(self) -> str:
         """What it says, with what chance alone would do."""
-        count, chance = len(self.tasks), len(self.tasks) / (self.draws + 1)
-        places = f"{self.model} ({', '.join(self.tasks)}; {self.rows} test rows each)"
-        return (
-            f"known of {self.strategy}'s {self.unit} on {places}: better than all {self.draws} "
-            f"random allocations on {len(self.better)} of {count} tasks, worse than all on "
-            f"{len(self.worse)}; by chance {chance:.1f} each"
-        )
+        places = f"{', '.join(self.tasks)}{REGIMES[self.regime]}; {self.rows} test rows each"
+        clauses = [self.uniform.clause] if self.uniform else []
+        if self.draws:
+            count, chance = len(self.tasks), len(self.tasks) / (self.draws + 1)
+            clauses.append(
+                f"better than all {self.draws} random allocations on {len(self.better)} of {count} "
+                f"tasks, worse than all on {len(self.worse)}, by chance {chance:.1f} each "
+                f"({_seeds(self.draw_seeds)})"
+            )
+        choices = _list(self.metric, self.estimator, self.beta)
+        what = f"{self.strategy}'s {self.unit}{choices} on {self.model} ({places})"
+        return f"known of {what}: {'; '.join(clauses)}"
 
     def is_about(self, allocation: Allocation) -> bool:
-        """Whether an allocation was made in this way."""
+        """Whether an allocation was made in this way, layer by layer."""
         record = allocation.strategy
-        if record is None or record.scores is not None:
+        if record is None or allocation.modules:
+            return False
+        if any((record.scores, record.farms, record.signal, record.stack)):
+            return False  # a part of the model, or other numbers
+        if record.targets is not None and set(record.targets) != set(self.targets):
             return False
         own = (self.unit, self.strategy, self.metric, self.estimator, self.beta)
-        theirs = (allocation.counted, record.name, record.metric, record.estimator, record.beta)
-        return own == theirs
+        return own == (allocation.counted, *_choices(record))
+
+
+def _choices(record: StrategyRecord) -> tuple[str, str | None, str | None, float | None]:
+    return record.name, record.metric, record.estimator, record.beta
 
 
 def read_findings(path: Path) -> tuple[Finding, ...]:
@@ -90,5 +135,27 @@ def _shipped() -> tuple[Finding, ...]:
 
 
 def known(allocation: Allocation) -> list[str]:
-    """One line of each study that has tried this way of allocating."""
-    return [own.sentence for own in _shipped() if own.is_about(allocation)]
+    """One line of each study that has tried this way of allocating, or one that none has.
+
+    Nothing of counts that were given as they are.
+    """
+    record = allocation.strategy
+    if record is None or record.name == Explicit.name:
+        return []
+    said = [own.sentence for own in _shipped() if own.is_about(allocation)]
+    return said or [f"known of {_described(allocation, record)}: nothing, no study has trained it"]
+
+
+def _described(allocation: Allocation, record: StrategyRecord) -> str:
+    """The choice in hand, as a sentence about it names it."""
+    name, metric, estimator, beta = _choices(record)
+    metric = record.scores.file if record.scores else metric
+    linears = " by linears" if allocation.modules else ""
+    choices = _list(metric, estimator, beta, *(record.targets or ()))
+    return f"{name}'s {allocation.counted}{linears}{choices}"
+
+
+def _list(metric: str | None, estimator: str | None, beta: float | None, *more: str) -> str:
+    power = None if beta is None else f"beta {beta:g}"
+    given = [x for x in (metric, estimator, power, *more) if x is not None]
+    return f" ({', '.join(given)})" if given else ""

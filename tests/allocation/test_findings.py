@@ -8,27 +8,41 @@ from helpers.commands import ROOT
 from htsr_alloc import allocate
 from htsr_alloc.allocation import known as of
 from htsr_alloc.allocation import read_scores
-from htsr_alloc.allocation.findings import FILE, Finding, read_findings, write_findings
+from htsr_alloc.allocation.findings import FILE, Finding, Gap, read_findings, write_findings
 from htsr_alloc.errors import HtsrError
 
 METRICS = ROOT / "data" / "minilm.metrics.json"
 FINDING = Finding(
     study="a.yaml",
     model="small",
+    regime="each",
     tasks=("x", "y"),
     rows=400,
-    draws=5,
     unit="experts",
+    targets=(
+        "attention.output.dense",
+        "intermediate.dense",
+        "key",
+        "output.dense",
+        "query",
+        "value",
+    ),
     strategy="alphalora",
     metric="pl_alpha_hill",
     estimator="official",
     beta=2.5,
+    uniform=Gap(0.02, -0.01, 0.05, 3),
+    draws=5,
+    draw_seeds=1,
     better=("y",),
     worse=(),
 )
-SENTENCE = (
-    "known of alphalora's experts on small (x, y; 400 test rows each): better than all 5 random "
-    "allocations on 1 of 2 tasks, worse than all on 0; by chance 0.3 each"
+WHAT = "alphalora's experts (pl_alpha_hill, official, beta 2.5)"
+PLACE = f"known of {WHAT} on small (x, y; 400 test rows each): "
+UNIFORM = "loss +0.020 from uniform, 95 % interval -0.010 to +0.050 (3 seeds)"
+RANDOM = (
+    "better than all 5 random allocations on 1 of 2 tasks, worse than all on 0, by chance 0.3 "
+    "each (1 seed)"
 )
 
 
@@ -59,6 +73,8 @@ def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
     ranks = allocate(METRICS, adapter_kind="lora", rank=4)
     assert not own.is_about(ranks)
     assert dataclasses.replace(own, unit="ranks").is_about(ranks)
+    few = allocate(METRICS, adapter_kind="lora", rank=4, targets=["query"])
+    assert not dataclasses.replace(own, unit="ranks").is_about(few)
     for other in ({"beta": 2.0}, {"metric": "stable_rank"}, {"strategy": "uniform"}):
         assert not dataclasses.replace(own, **other).is_about(made)
     (tmp_path / "s.csv").write_text("layer,score\n" + "".join(f"{i},{i + 1}\n" for i in range(6)))
@@ -66,17 +82,37 @@ def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
     assert not own.is_about(scored)
 
 
+def test_a_finding_says_what_it_compared():
+    assert FINDING.sentence == f"{PLACE}{UNIFORM}; {RANDOM}"
+    assert dataclasses.replace(FINDING, uniform=None).sentence == PLACE + RANDOM
+    alone = dataclasses.replace(FINDING, draws=0, draw_seeds=0, better=(), regime="together")
+    assert alone.sentence == PLACE.replace("x, y", "x, y, learnt together") + UNIFORM
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"beta": 2}, WHAT.replace("2.5", "2")),
+        ({"strategy": "uniform"}, "uniform's experts"),
+        ({"per_module": True}, WHAT.replace("experts", "experts by linears")),
+        (
+            {"adapter_kind": "lora", "rank": 4, "targets": ["query"]},
+            WHAT.replace("experts", "ranks").replace("2.5", "2.5, query"),
+        ),
+    ],
+)
+def test_what_no_study_has_tried_is_said_to_be_unknown(shipped, more, what):
+    budget = {} if "rank" in more else {"T": 30}
+    made = allocate(METRICS, **budget, **more)
+    assert of(made) == [f"known of {what}: nothing, no study has trained it"]
+
+
 def test_the_command_says_it_in_one_line(shipped, invoke, tmp_path):
-    estimator = allocate(METRICS, T=30).strategy.estimator
-    write_findings(
-        tmp_path / "known.json", "a.yaml", [dataclasses.replace(FINDING, estimator=estimator)]
-    )
     done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json")
     assert done.rc == 0
-    assert SENTENCE in done.stderr.splitlines()
-    for more in (("-q",), ("--beta", 2), ("--strategy", "uniform")):
-        done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json", "--force", *more)
-        assert "known of" not in done.stderr
+    assert FINDING.sentence in done.stderr.splitlines()
+    done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json", "-q")
+    assert "known of" not in done.stderr
     assert of(allocate(None, strategy="explicit", experts=(3, 2))) == []
 
 

@@ -17,7 +17,7 @@ from helpers import studies
 from helpers.commands import ROOT
 from helpers.studies import PLAN, lines, saved
 
-from htsr_alloc.allocation.findings import Finding, read_findings, write_findings
+from htsr_alloc.allocation.findings import Finding, Gap, read_findings, write_findings
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training.study import bootstrap, chance, summary, table
 from htsr_alloc.training.study.budget import fitted
@@ -459,7 +459,8 @@ def test_an_allocation_is_ranked_among_the_random_ones_of_its_system(folder):
     text = chance.table(list(found.values()))
     assert "| words | AlphaLoRA | 0.400 | 0.410 to 0.450 | 1 of 6 | better |" in text
     assert "best one time in 6" in text
-    assert "over 2 comparisons that makes 0.7 outside by chance" in text
+    assert "over 2 comparisons 0.3 better and as many worse by chance" in text
+    assert "Here 1 are better and 0 worse" in text
     del done["words", "random 3", 1, RATES[1]]  # not tuned yet
     assert chance.ranks(study, done) == []
 
@@ -497,7 +498,8 @@ def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
             own = {"task": "words", "row": cell.row.name, "seed": 1, "rate": cell.rate}
             store.add(own | line)
     other = Finding(
-        *("other.yaml", "m", ("a",), 9, 5, "ranks", "uniform", None, None, None, (), ("a",))
+        *("other.yaml", "m", "each", ("a",), 9, "ranks", ("q",), "uniform", *[None] * 4, 5, 1),
+        *((), ("a",)),
     )
     write_findings(folder / "known.json", "other.yaml", [other])
     for _ in range(2):
@@ -513,6 +515,8 @@ def test_a_report_writes_its_findings_in_place_of_earlier_ones(folder, invoke):
     assert (found[2].metric, found[2].beta, found[2].rows, found[2].draws) == (
         *("pl_alpha_hill", 2.5, 40, 5),
     )
+    assert found[1].uniform is None
+    assert found[2].uniform == Gap(-0.025, -0.025, -0.025, 1)
 
 
 def test_the_table_says_rate_edge_sizes_and_what_could_be_seen(folder):

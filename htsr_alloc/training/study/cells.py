@@ -151,6 +151,20 @@ def outcomes(study: Study, done: Done) -> dict[tuple[str, str, int], Mapping[str
     return found
 
 
+def lines_at(
+    study: Study, done: Done, task: str, row: RowSpec, rate: float | None
+) -> dict[int, Mapping[str, Any]]:
+    """A row's lines by seed, without those that diverged: at the row's own rate (None), or of a
+    row with a grid at another one."""
+    lines = {} if rate is not None and study.tuned(row) else outcomes(study, done)
+
+    def line(seed: int) -> Mapping[str, Any] | None:
+        return done.get((task, row.name, seed, rate)) or lines.get((task, row.name, seed))
+
+    found = {seed: own for seed in study.seeds if (own := line(seed))}
+    return {seed: own for seed, own in found.items() if not own.get("diverged")}
+
+
 def fingerprint(study: Study, cell: Cell) -> str:
     """A hash of everything that a cell's result depends on, but the machine and the versions."""
     row = cell.row

@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from htsr_alloc.training.study.cells import Done, outcomes
+from htsr_alloc.training.study.cells import Done, lines_at
 from htsr_alloc.training.study.plan import RowSpec, Study
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One allocation on one task among ``draws`` random ones, by the loss on the same seeds.
+    """One allocation on one task among ``draws`` random ones, by the loss on the same ``seeds``.
 
     ``rank`` 1 is the lowest loss of all; ``low`` and ``high`` are the random ones'.
     """
@@ -24,6 +24,7 @@ class Rank:
     low: float
     high: float
     draws: int
+    seeds: int
 
     @property
     def outside(self) -> str:
@@ -42,16 +43,11 @@ def ranks(study: Study, done: Done) -> list[Rank]:
 
     They are compared at one rate: each at its best, or where the draws have one rate at that.
     """
-    lines, found = outcomes(study, done), []
+    found = []
 
     def losses(task: str, row: RowSpec, rate: float | None) -> dict[int, float]:
-        def line(seed: int):
-            if rate is not None and study.tuned(row):
-                return done.get((task, row.name, seed, rate))
-            return lines.get((task, row.name, seed))
-
-        given = {seed: line(seed) for seed in study.seeds}
-        return {seed: x["loss"] for seed, x in given.items() if x and not x.get("diverged")}
+        lines = lines_at(study, done, task, row, rate)
+        return {seed: line["loss"] for seed, line in lines.items()}
 
     for task in study.tasks:
         for row in study.rows:
@@ -63,7 +59,7 @@ def ranks(study: Study, done: Done) -> list[Rank]:
             shared = set(own).intersection(*random)
             if shared:
                 means = [statistics.mean(x[seed] for seed in shared) for x in (own, *random)]
-                found.append(_rank(task, row.name, means[0], means[1:]))
+                found.append(_rank(task, row.name, means[0], means[1:], len(shared)))
     return found
 
 
@@ -71,15 +67,16 @@ def _rivals(study: Study, row: RowSpec, draw: RowSpec) -> bool:
     """Whether a random row has all that the other has, but the places."""
     if draw.draw is None:
         return False
-    own, other = ((x.system, x.settings, x.match, x.experts) for x in (row, draw))
     rates, fixed = study.rates(row), draw.learning_rate
     same_rate = row.learning_rate == fixed or (study.tuned(row) and fixed in rates)
-    return own == other and (same_rate if fixed else rates == study.rates(draw))
+    return row.but_for_places == draw.but_for_places and (
+        same_rate if fixed else rates == study.rates(draw)
+    )
 
 
-def _rank(task: str, name: str, loss: float, random: Sequence[float]) -> Rank:
+def _rank(task: str, name: str, loss: float, random: Sequence[float], seeds: int) -> Rank:
     place = 1 + sum(other < loss for other in random)
-    return Rank(task, name, loss, place, min(random), max(random), len(random))
+    return Rank(task, name, loss, place, min(random), max(random), len(random), seeds)
 
 
 def table(found: Sequence[Rank]) -> str:
@@ -96,11 +93,14 @@ def table(found: Sequence[Rank]) -> str:
             f"{own.rank} of {own.draws + 1} | {own.outside or '-'} |"
         )
     odds = round(1 / found[0].chance)
+    outside = [own.outside for own in found]
     text += [
         "",
         f"Each allocation among {found[0].draws} random ones of the same spread, by the loss on "
         "the seeds that all have; *outside* is beyond all of them. One more random allocation "
         f"would be the best one time in {odds}, and the worst as often: over {len(found)} "
-        f"comparisons that makes {2 * len(found) / odds:.1f} outside by chance.",
+        f"comparisons {len(found) / odds:.1f} better and as many worse by chance. Here "
+        f"{outside.count('better')} are better and {outside.count('worse')} worse; those of one "
+        "task share its random allocations, so that they are not so many separate trials.",
     ]
     return "\n".join(text) + "\n"

@@ -78,6 +78,11 @@ class RowSpec:
     scores: Path | None = None
     spread: Annotated[float, Meta(gt=1)] | None = None
 
+    @property
+    def but_for_places(self) -> tuple[Any, ...]:
+        """What two rows have in common that differ only in where their experts are."""
+        return self.system, self.settings, self.match, self.times, self.experts
+
     def scores_of(self, task: str) -> Path | None:
         """The score file of a task."""
         return None if self.scores is None else Path(str(self.scores).replace(TASK, task))

@@ -68,7 +68,7 @@ def summarise(study: Study, done: Done) -> list[Line]:
     def of(task: str, name: str) -> Found:
         return {s: whole[key] for s in study.seeds if (key := (task, name, s)) in whole}
 
-    for stream, task in enumerate(study.tasks):
+    for task in study.tasks:
         for row in study.rows:
             every = [everything[k] for s in study.seeds if (k := (task, row.name, s)) in everything]
             if not every:
@@ -77,8 +77,7 @@ def summarise(study: Study, done: Done) -> list[Line]:
             base = {} if row.name == study.baseline else of(task, study.baseline)
             tasks = next(group for group in study.groups if task in group)
             rate = next(iter(chosen(study, done, tasks, row)), None)
-            streams = stream, stream if len(tasks) == 1 else 0
-            lines.append(_line(study, task, row, rate, every, own, base, streams))
+            lines.append(_line(study, task, row, rate, every, own, base, streams_of(study, task)))
     if len(study.tasks) > 1:
         for row in study.rows:
             seeds = {tuple(of(task, row.name)) for task in study.tasks}
@@ -116,7 +115,7 @@ def _line(
         rate,
         rate is not None and rate in (min(grid), max(grid)),  # type: ignore[type-var]
         _paired(own, base, streams, lambda line: [int(hit) for hit in line["hits"]]),
-        _paired(own, base, streams, lambda line: line.get("losses")),
+        paired_losses(own, base, streams),
         len(every) - len(own),
         _forgot(found, "accuracy", -1),
         _forgot(found, "loss", 1),
@@ -128,6 +127,21 @@ def _forgot(found: Sequence[Mapping[str, Any]], name: str, sign: int) -> float |
     key = f"before_{name}"
     pairs = [(line[name], line[key]) for line in found if key in line]
     return statistics.mean(sign * (after - before) for after, before in pairs) if pairs else None
+
+
+def paired_losses(own: Found, base: Found, streams: tuple[int, int]) -> Paired | None:
+    """The difference over the seeds that both have; None without one, or without rows' losses.
+
+    Args:
+        streams: random numbers of the rows and of the seeds (``bootstrap.paired``).
+    """
+    return _paired(own, base, streams, lambda line: line.get("losses"))
+
+
+def streams_of(study: Study, task: str) -> tuple[int, int]:
+    """A task has rows of its own, and seeds of its own unless one model learns several."""
+    stream = list(study.tasks).index(task)
+    return stream, stream if study.regime == "each" else 0
 
 
 def _paired(
