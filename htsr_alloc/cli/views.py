@@ -221,7 +221,7 @@ def build(model: Any, layers: Sequence[LayerReport], left: Sequence[LeftAlone] =
         ]
         for x in layers
     ]
-    columns = ["layer", "prefix", "experts", "top_k", "modules", "trainable", "share"]
+    columns = ["layer", "prefix", "experts", "top_k", "modules", "trainable", "of the layer"]
     data = {"layers": [asdict(row) for row in layers], "trainable": trainable, "base": frozen}
     total = f"{trainable:,} trainable parameters, {trainable / frozen:.2%} of the base's {frozen:,}"
     return View(
@@ -259,5 +259,11 @@ def score(found: Score) -> View:
 def scores(rows: Sequence[dict[str, Any]]) -> View:
     """One row a layer or a linear."""
     columns = list(rows[0])
-    cells = [[short(x) if isinstance(x, str) else x for x in row.values()] for row in rows]
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, str):
+            return short(value)
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    cells = [[cell(x) for x in row.values()] for row in rows]
     return View(list(rows), [Table(columns, cells, left=["module", "prefix"])])

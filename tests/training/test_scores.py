@@ -178,6 +178,8 @@ def test_allocate_reads_what_score_writes(method, work, invoke):
     assert done.rc == 0, done.stderr
     rows = list(csv.DictReader((work / "s.csv").open()))
     assert [row["prefix"] for row in rows] == ["model.layers.0", "model.layers.1"]
+    shown = [float(line.split()[-1]) for line in done.stdout.splitlines()[-2:]]
+    assert shown == pytest.approx([float(row["score"]) for row in rows], rel=1e-3)
     made = invoke("allocate", "--scores", "s.csv", "--T", 12, "--beta", 1, "-o", "a.json")
     assert made.rc == 0, made.stderr
     allocation = loads(Allocation, (work / "a.json").read_text(), "a")
