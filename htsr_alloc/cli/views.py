@@ -128,6 +128,8 @@ def allocation(
         said += ["FARMS windows"] if strategy.farms else []
         what = "ranks" if result.holds_ranks else "T"
         line = f"{strategy.name}: {what} = {result.budget} over {len(result.experts)} layers"
+        if not result.modules:
+            line += f", {_moved(result.experts)} moved from uniform"
         notes.append("; ".join([line, ", ".join(said)]) if said else line)
         notes += _signal(strategy.signal)
         notes += _recommended(strategy, metrics)
@@ -142,6 +144,13 @@ def allocation(
             )
         )
     return View(data, tables, notes)
+
+
+def _moved(counts: Sequence[int]) -> int:
+    """How many are not where the nearest uniform counts, which differ by one at most, have them."""
+    least, more = divmod(sum(counts), len(counts))
+    above = [count - least for count in counts if count > least]
+    return sum(above) - min(more, len(above))
 
 
 def _signal(signal: Signal | None) -> list[str]:

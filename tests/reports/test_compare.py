@@ -1,6 +1,7 @@
 """Comparisons: differences, ranks, experts moved, and the exit status."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from htsr_alloc import HtsrError
 from htsr_alloc.allocation import allocate
 from htsr_alloc.analysis.measure import summarise
+from htsr_alloc.cli import views
 from htsr_alloc.records import Allocation, Metrics, dumps, loads
 from htsr_alloc.reports.compare import _correlation, compare
 
@@ -199,6 +201,17 @@ def test_moved_is_what_one_side_gives_to_another(pairs):
     assert found.moved == min(gained, lost)
     if sum(a) == sum(b):
         assert found.moved == sum(abs(x - y) for x, y in pairs) / 2
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_allocate_says_how_many_are_moved_from_the_nearest_uniform(counts):
+    """Against every uniform allocation of as many."""
+    least, more = divmod(sum(counts), len(counts))
+    even = [least + 1] * more + [least] * (len(counts) - more)
+    ways = set(itertools.permutations(even))
+    nearest = min(sum(max(n - u, 0) for n, u in zip(counts, way, strict=True)) for way in ways)
+    notes = views.allocation(explicit(*counts)).notes
+    assert f" over {len(counts)} layers, {nearest} moved from uniform" in notes[0]
 
 
 def test_top_k_counts_too():
