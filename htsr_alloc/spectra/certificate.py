@@ -20,6 +20,7 @@ NOISE, TOP, SELF = 12.0, 1.5, 32.0
 LEAST = 8  # times its error that the least eigenvalue is, or the small ones mean too little
 CLEAR = 1000  # times its error that an eigenvalue is which decides a fit
 CROWD = 1 / 16  # of the eigenvalues that may lie within the error of one place
+RANGE = 1e37  # most that all eigenvalues may sum to: float32's own end is 3e38
 SMOOTH = 1e4  # times its error that the median is, where alpha is smooth in the eigenvalues
 
 
@@ -30,14 +31,16 @@ def float32_error(values: np.ndarray) -> np.ndarray:
 
 
 def may_be_meaningful(diagonal: np.ndarray) -> bool:
-    """Whether the diagonal of W^T W allows a least eigenvalue above LEAST times its error.
+    """Whether the diagonal of W^T W allows a least eigenvalue above LEAST times its error, and
+    float32 has range for all of them.
 
     It is at most the diagonal's least, r is at least the diagonal's mean, and the largest
-    eigenvalue its largest.
+    eigenvalue its largest. They sum to the diagonal's sum.
     """
-    everywhere = NOISE * diagonal.mean(dtype=np.float64) + TOP * diagonal.max()
+    diagonal = diagonal.astype(np.float64)
+    everywhere = NOISE * diagonal.mean() + TOP * diagonal.max()
     floor = LEAST * EPS32 * everywhere
-    return bool(np.isfinite(diagonal).all() and diagonal.min() > floor > 1e-30)
+    return bool(diagonal.sum() < RANGE and diagonal.min() > floor > 1e-30)
 
 
 def crowded(values: np.ndarray, error: np.ndarray) -> bool:

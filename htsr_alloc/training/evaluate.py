@@ -101,9 +101,13 @@ def score_of(hits: str, losses: Sequence[float]) -> Score:
     return Score(n, correct, correct / n, *interval, loss=mean, hits=hits, losses=tuple(losses))
 
 
+class NotNumbers(HtsrError):
+    """A model that gives NaN."""
+
+
 def _refuse_nan(made: Sequence[Sequence[Choice]]) -> None:
     if any(math.isnan(choice.total) for choices in made for choice in choices):
-        raise HtsrError("The model's answers are not numbers: it gives NaN.", "Train it again.")
+        raise NotNumbers("The model's answers are not numbers: it gives NaN.", "Train it again.")
 
 
 def first_line(text: str) -> str:

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_fast_leaves_what_float32_cannot_hold_to_exact(scale):
     values, name = engines.fast(weight)
     assert name.startswith("float64 Gram")
     np.testing.assert_allclose(values, reference(weight), rtol=1e-10)
+
+
+@needs_lapack
+@pytest.mark.parametrize("power", [55, 56, 57, 58, 59, 60, 61, 63, 80])
+def test_auto_leaves_a_gram_matrix_that_float32_cannot_hold_to_exact(power, monkeypatch):
+    """At 2^58 the diagonal fits float32, and the reduction to a tridiagonal does not."""
+    monkeypatch.setattr(engines, "TWO_STAGE", 64)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2304, 100, generator=generator) * 2.0**power
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values, name = engines.auto(weight)
+    assert name.startswith("float64 Gram")
+    np.testing.assert_allclose(values, reference(weight), rtol=1e-5)
 
 
 @needs_lapack

@@ -351,7 +351,7 @@ def test_the_table_and_the_figure_come_from_the_results(plan, invoke, tmp_path):
     done = invoke("study", plan.name, "--report", "--into", "doc.md", "--figure", "figure.png")
     assert done.rc == 0, done.stderr
     shown = done.stdout.splitlines()
-    assert shown[2].startswith("| words | untrained | total | 1 | 1,234 | 0.0% | - | -50.0% [")
+    assert shown[2].startswith("| words | untrained | - | 1 | 1,234 | 0.0% | - | -50.0% [")
     assert shown[3] == "|  | uniform | total | 2 | 1,234 | 37.5% | 17.7% | - | 0.500 |"
     assert shown[4].startswith("|  | LoRA | total | 2 | 1,234 | 87.5% | 17.7% | +50.0% [")
     assert "5 of 12 cells; n = 4 test rows a task" in done.stdout

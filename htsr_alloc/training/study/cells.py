@@ -113,7 +113,7 @@ def planned(study: Study) -> int:
 
     def each(row: RowSpec) -> int:
         tuning = len(study.tuning(row))
-        return tuning * len(study.rates(row)) + row.main * (len(study.seeds) - tuning)
+        return tuning * len(study.rates(row)) + len(study.seeds_of(row)) - tuning
 
     return len(study.groups) * sum(map(each, study.rows))
 
@@ -135,7 +135,10 @@ def chosen(
         if None in lines:
             return ()
         values = [line["valid_loss"] for line in lines if line and not line["diverged"]]
-        losses.append(statistics.mean(values) if len(values) == len(lines) else math.inf)
+        if None in values:  # of a seed that had no part in the choice; a run refuses it
+            return ()
+        mean = statistics.mean(values) if len(values) == len(lines) else math.inf
+        losses.append(mean if math.isfinite(mean) else math.inf)
     return (rates[losses.index(min(losses))],)
 
 
@@ -145,7 +148,8 @@ def outcomes(study: Study, done: Done) -> dict[tuple[str, str, int], Mapping[str
     for tasks in study.groups:
         for row in study.rows:
             for rate in chosen(study, done, tasks, row):
-                for key in (k for s in study.seeds for k in Cell(tasks, row, s, rate).keys):
+                seeds = study.seeds_of(row)
+                for key in (k for s in seeds for k in Cell(tasks, row, s, rate).keys):
                     if key in done:
                         found[key[:3]] = done[key]
     return found
@@ -154,15 +158,19 @@ def outcomes(study: Study, done: Done) -> dict[tuple[str, str, int], Mapping[str
 def lines_at(
     study: Study, done: Done, task: str, row: RowSpec, rate: float | None
 ) -> dict[int, Mapping[str, Any]]:
-    """A row's lines by seed, without those that diverged: at the row's own rate (None), or of a
-    row with a grid at another one."""
-    lines = {} if rate is not None and study.tuned(row) else outcomes(study, done)
+    """A row's lines by seed, without those that diverged.
 
-    def line(seed: int) -> Mapping[str, Any] | None:
-        return done.get((task, row.name, seed, rate)) or lines.get((task, row.name, seed))
-
-    found = {seed: own for seed in study.seeds if (own := line(seed))}
-    return {seed: own for seed, own in found.items() if not own.get("diverged")}
+    Args:
+        rate: None for the row's own, the best of its grid. At another one, a row has the lines of
+            its grid; one that is not tuned has none.
+    """
+    if rate is None or rate == study.rate(row):
+        lines = outcomes(study, done)
+        found = {seed: lines.get((task, row.name, seed)) for seed in study.seeds_of(row)}
+    else:
+        seeds = study.seeds_of(row) if rate in study.rates(row) else ()
+        found = {seed: done.get((task, row.name, seed, rate)) for seed in seeds}
+    return {seed: own for seed, own in found.items() if own and not own.get("diverged")}
 
 
 def fingerprint(study: Study, cell: Cell) -> str:

@@ -54,7 +54,7 @@ def ranks(study: Study, done: Done) -> list[Rank]:
             draws = [other for other in study.rows if _rivals(study, row, other)]
             if not draws or row.draw is not None:
                 continue
-            rate = draws[0].learning_rate
+            rate = study.rate(draws[0])
             own, *random = (losses(task, x, rate) for x in (row, *draws))
             shared = set(own).intersection(*random)
             if shared:
@@ -67,11 +67,10 @@ def _rivals(study: Study, row: RowSpec, draw: RowSpec) -> bool:
     """Whether a random row has all that the other has, but the places."""
     if draw.draw is None:
         return False
-    rates, fixed = study.rates(row), draw.learning_rate
-    same_rate = row.learning_rate == fixed or (study.tuned(row) and fixed in rates)
-    return row.but_for_places == draw.but_for_places and (
-        same_rate if fixed else rates == study.rates(draw)
-    )
+    alike = row.but_for_places == draw.but_for_places
+    if study.tuned(draw):
+        return alike and study.rates(row) == study.rates(draw)
+    return alike and study.rate(draw) in (study.rate(row), *study.rates(row))
 
 
 def _rank(task: str, name: str, loss: float, random: Sequence[float], seeds: int) -> Rank:
@@ -92,14 +91,17 @@ def table(found: Sequence[Rank]) -> str:
             f"| {own.task} | {own.row} | {own.loss:.3f} | {own.low:.3f} to {own.high:.3f} | "
             f"{own.rank} of {own.draws + 1} | {own.outside or '-'} |"
         )
-    odds = round(1 / found[0].chance)
+    draws = sorted({own.draws for own in found})
+    odds = " or ".join(str(n + 1) for n in draws)
+    expected = sum(own.chance for own in found)
     outside = [own.outside for own in found]
     text += [
         "",
-        f"Each allocation among {found[0].draws} random ones of the same spread, by the loss on "
+        f"Each allocation among {' or '.join(map(str, draws))} random ones, which have "
+        "AlphaLoRA's counts in other places, by the loss on "
         "the seeds that all have; *outside* is beyond all of them. One more random allocation "
         f"would be the best one time in {odds}, and the worst as often: over {len(found)} "
-        f"comparisons {len(found) / odds:.1f} better and as many worse by chance. Here "
+        f"comparisons {expected:.1f} better and as many worse by chance. Here "
         f"{outside.count('better')} are better and {outside.count('worse')} worse; those of one "
         "task share its random allocations, so that they are not so many separate trials.",
     ]

@@ -42,7 +42,7 @@ def findings(study: Study, done: Done, plan: Path) -> list[Finding]:
             continue
         record = study.allocation(row, study.experts, tasks[0]).strategy
         assert record is not None
-        sizes = [line["n"] for (task, name, _), line in lines.items() if name == row.name]
+        sizes = [line["n"] for key, line in lines.items() if key[1] == row.name and line["n"]]
         found.append(
             Finding(
                 study=plan.name,
@@ -74,8 +74,11 @@ def _gap(study: Study, done: Done, row: RowSpec, tasks: Sequence[str]) -> Gap | 
     if base is None or base is row:
         return None
     parts = []
+    rate = study.rate(row)
+    if rate is None and not study.tuned(base):
+        return None
     for task in tasks:
-        own, other = (lines_at(study, done, task, x, row.learning_rate) for x in (row, base))
+        own, other = (lines_at(study, done, task, x, rate) for x in (row, base))
         part = paired_losses(own, other, streams_of(study, task))
         if part is None or (parts and len(parts[0].by_seed) != len(part.by_seed)):
             return None

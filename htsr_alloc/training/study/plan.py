@@ -20,7 +20,7 @@ from htsr_alloc.records.lora import Lora
 from htsr_alloc.records.text import printable
 from htsr_alloc.training.baselines import Baseline
 from htsr_alloc.training.methods import METHODS, read_settings
-from htsr_alloc.training.settings import Recipe
+from htsr_alloc.training.settings import LEARNING_RATE, Recipe
 
 UNTRAINED = "none"  # the system of a row that only evaluates the model
 Positive = Annotated[int, Meta(ge=1)]
@@ -135,6 +135,16 @@ class Study:
         """The grid of a row; one None for a row that is not tuned."""
         return (row.learning_rates or self.learning_rates) if self.tuned(row) else (None,)
 
+    def rate(self, row: RowSpec) -> float | None:
+        """The one learning rate of a row that is not tuned; None of one that is."""
+        if self.tuned(row):
+            return None
+        return row.learning_rate or self.recipe.learning_rate or LEARNING_RATE
+
+    def seeds_of(self, row: RowSpec) -> tuple[int, ...]:
+        """The seeds that a row runs with."""
+        return self.seeds if row.main else self.seeds[:1]
+
     def tuning(self, row: RowSpec) -> tuple[int, ...]:
         """The seeds that run at every rate of a row."""
         return self.seeds[: self.tuning_seeds if row.main and self.tuned(row) else 1]
@@ -206,9 +216,16 @@ def check_rows(study: Study) -> None:
 
     Raises:
         HtsrError: an unknown system or one that the regime does not suit, an allocation that
-            cannot be made, or a grid of another length, with the row's name; a task without
-            validation rows to tune on; fewer seeds than tune.
+            cannot be made, a grid of another length, or a random row at another rate than the
+            others, with the row's name; a task without validation rows to tune on; fewer seeds
+            than tune; tasks learnt together of which only some have steps.
     """
+    steps = {(task.steps or study.recipe.steps) is None for task in study.tasks.values()}
+    if study.regime == "together" and len(steps) > 1:
+        raise HtsrError(
+            "Some of the tasks that are learnt together have steps, and some epochs.",
+            "Give each its `steps`.",
+        )
     if study.tuning_seeds > len(study.seeds):
         raise HtsrError(
             f"The study tunes with {study.tuning_seeds} seeds and has {len(study.seeds)}.",
@@ -241,6 +258,18 @@ def check_rows(study: Study) -> None:
                     f"its grid has {len(row.learning_rates)} learning rates, and the study's "
                     f"{len(study.learning_rates)}.",
                     "Tune every row with as many runs.",
+                )
+            if row.times > 1 and isinstance(method, Baseline) and method.whole:
+                raise HtsrError(
+                    f"{method.title} trains every parameter, and not {row.times} times a budget.",
+                    "Leave `times` out.",
+                )
+            alike = [x for x in study.rows if x.but_for_places == row.but_for_places]
+            draws = {(study.rate(x), study.rates(x)) for x in alike if x.draw is not None}
+            if row.draw is not None and len(draws) > 1:
+                raise HtsrError(
+                    "the random rows of its system have several learning rates.",
+                    "Give them one, or one grid.",
                 )
             for first, *others in study.groups:
                 if others and row.scores is not None and TASK in str(row.scores):

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.training import models, tokens
-from htsr_alloc.training.evaluate import Score, evaluate
+from htsr_alloc.training.evaluate import NotNumbers, Score, evaluate
 from htsr_alloc.training.identity import weights_of
 from htsr_alloc.training.methods import method_of
 from htsr_alloc.training.recipe import Diverged, make_trainer, total_steps
@@ -95,6 +95,12 @@ def check(study: Study, store: Store) -> None:
                 "than the study's.",
                 "Name another results file, or take the old line out.",
             )
+        if cell.tunes(study) and any(not x["diverged"] and x["valid_loss"] is None for x in held):
+            raise HtsrError(
+                f"{store.path.name} has {cell.title} without a loss on validation rows, because "
+                "its seed had no part in the choice of the rate.",
+                "Take that line out, or lower `tuning_seeds`.",
+            )
 
 
 def run_cell(study: Study, cell: Cell, device: torch.device) -> list[dict[str, Any]]:
@@ -108,7 +114,11 @@ def run_cell(study: Study, cell: Cell, device: torch.device) -> list[dict[str, A
     if made is not None:
         trained = _train(study, cell, made, model, device)
     before = time.time()
-    tests = {name: _tested(study, cell, trained, name) for name in cell.tasks}
+    try:
+        tests = {name: _tested(study, cell, trained, name) for name in cell.tasks}
+    except NotNumbers as error:
+        trained = replace(trained, diverged=error.message)
+        tests = {name: _tested(study, cell, trained, name) for name in cell.tasks}
     shared = {
         "diverged": trained.diverged,
         "train_loss": trained.loss,
@@ -210,13 +220,13 @@ def _train(study: Study, cell: Cell, made: Fitted, model: Any, device: torch.dev
             try:
                 trainer.train()
                 trainer.refuse_divergence()
-            except Diverged as error:
+                loss = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+                if stage != stages[-1]:
+                    task = study.tasks[stage[0]]
+                    before[stage[0]] = _score(study, model, task.test, task.test_rows)
+            except (Diverged, NotNumbers) as error:
                 diverged = error.message
                 break
-        loss = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
-        if stage != stages[-1]:
-            task = study.tasks[stage[0]]
-            before[stage[0]] = _score(study, model, task.test, task.test_rows)
     step = round(statistics.median(times.seconds), 3) if times.seconds else None
     return Trained(model, size, None if diverged else loss, diverged, step, before)
 

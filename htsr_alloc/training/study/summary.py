@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from htsr_alloc.training.baselines import Baseline
+from htsr_alloc.training.methods import METHODS
 from htsr_alloc.training.study.bootstrap import Difference, Paired, averaged, paired
 from htsr_alloc.training.study.cells import Done, chosen, outcomes
-from htsr_alloc.training.study.plan import RowSpec, Study
+from htsr_alloc.training.study.plan import UNTRAINED, RowSpec, Study
 
 ALL = "all tasks"
 Found = Mapping[int, Mapping[str, Any]]  # by seed
@@ -23,7 +25,7 @@ class Line:
     the grid's first or last. ``diverged`` runs have no accuracy and count in no mean; where all
     did, the means are None. The losses' difference is None where the lines hold no row's loss.
     ``forgot_accuracy`` and ``forgot_loss`` are what a task has lost since its own training, where
-    others came after it.
+    others came after it. ``accuracies`` has those of each seed.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Line:
     diverged: int = 0
     forgot_accuracy: float | None = None
     forgot_loss: float | None = None
+    accuracies: tuple[float, ...] = ()
 
     @property
     def accuracy_difference(self) -> Difference | None:
@@ -82,7 +85,8 @@ def summarise(study: Study, done: Done) -> list[Line]:
         for row in study.rows:
             seeds = {tuple(of(task, row.name)) for task in study.tasks}
             if len(seeds) == 1 and seeds != {()}:
-                lines.append(over_tasks([line for line in lines if line.row == row.name]))
+                own = [line for line in lines if line.row == row.name]
+                lines.append(over_tasks(own, shared=study.regime != "each"))
     return lines
 
 
@@ -103,7 +107,7 @@ def _line(
     return Line(
         task,
         row.name,
-        row.match if row.times == 1 else f"{row.times} × {row.match}",
+        _equal(row),
         len(own),
         first["n"] or 0,
         first["trainable"],
@@ -119,7 +123,16 @@ def _line(
         len(every) - len(own),
         _forgot(found, "accuracy", -1),
         _forgot(found, "loss", 1),
+        tuple(accuracies),
     )
+
+
+def _equal(row: RowSpec) -> str:
+    """What the row has as much of as the baseline, if anything."""
+    method = METHODS.get(row.system)
+    if row.system == UNTRAINED or (isinstance(method, Baseline) and method.whole):
+        return ""
+    return row.match if row.times == 1 else f"{row.times} × {row.match}"
 
 
 def _forgot(found: Sequence[Mapping[str, Any]], name: str, sign: int) -> float | None:
@@ -154,8 +167,13 @@ def _paired(
     return paired([x for x, _ in pairs], [y for _, y in pairs], *streams)
 
 
-def over_tasks(lines: Sequence[Line]) -> Line:
-    """One row's mean over its tasks; what their seeds share is in the differences' draws."""
+def over_tasks(lines: Sequence[Line], shared: bool) -> Line:
+    """One row's mean over its tasks.
+
+    Args:
+        shared: a seed is one model, which has learnt all tasks; else each task has a model of
+            its own. The differences' draws have that already.
+    """
     first = lines[0]
 
     def mean(name: str) -> float | None:
@@ -171,6 +189,9 @@ def over_tasks(lines: Sequence[Line]) -> Line:
     deviation = None
     if len(deviations) == len(lines):
         deviation = sum(d * d for d in deviations) ** 0.5 / len(lines)
+        if shared:
+            each = [line.accuracies for line in lines]
+            deviation = statistics.stdev(map(statistics.mean, zip(*each, strict=True)))
     return Line(
         ALL,
         first.row,

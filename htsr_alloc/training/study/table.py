@@ -35,7 +35,7 @@ def _given(value: float | None, unit: str) -> str:
 # Name, alignment and text of each column; one that no line has anything in is left out.
 COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
     ("row", "---", lambda line: line.row),
-    ("equal", "---", lambda line: line.match if line.trainable else NONE),
+    ("equal", "---", lambda line: line.match or NONE),
     ("rate", "--:", lambda line: _given(line.rate, "g") + "*" * line.edge),
     (
         "seeds",
