@@ -157,6 +157,15 @@ def test_a_row_that_has_no_budget_is_equal_in_nothing(folder):
     assert rows == {"uniform": "total", "full": "-"}
 
 
+def test_the_figure_leaves_out_the_untrained_row(folder):
+    rows = [UNIFORM, ALPHA, {"name": "untrained", "system": "none"}]
+    study = untuned(folder, *rows)
+    losses = {"uniform": 0.5, "alpha": 0.4, "untrained": 9.0}
+    done = {("words", name, 1, None): result(loss) for name, loss in losses.items()}
+    (axes,) = table.plot(study, summary.summarise(study, done)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["alpha"]
+
+
 def test_chance_is_that_of_each_comparison(folder):
     """Two draws of one system and one of the other: 1/3 of a mixture's, 1/2 of LoRA's."""
     lora = {"system": "lora"}

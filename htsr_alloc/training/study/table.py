@@ -12,7 +12,7 @@ from htsr_alloc.training.study.bootstrap import Difference
 from htsr_alloc.training.study.cells import Done, cells, planned
 from htsr_alloc.training.study.chance import ranks
 from htsr_alloc.training.study.chance import table as chances
-from htsr_alloc.training.study.plan import Study
+from htsr_alloc.training.study.plan import UNTRAINED, Study
 from htsr_alloc.training.study.summary import ALL, Line
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def write_into(path: Path, table: str, name: str) -> None:
 def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figure:
     """Each row's difference from the baseline with its interval and its seeds, task by task.
 
-    The difference is the losses', or the accuracies' where no losses are kept.
+    The difference is the losses', or the accuracies' where no losses are kept. Untrained rows are
+    left out: they are so far off that the others' differences could not be seen.
 
     Args:
         path: a file to write as well.
@@ -164,7 +165,8 @@ def plot(study: Study, lines: Sequence[Line], path: Path | None = None) -> Figur
     """
     from htsr_alloc import style
 
-    compared = [line for line in lines if line.hits is not None]
+    untrained = {row.name for row in study.rows if row.system == UNTRAINED}
+    compared = [x for x in lines if x.hits is not None and x.row not in untrained]
     if not compared:
         raise HtsrError("There is no pair to compare yet.", "Run more of the study.")
     with style.look():
