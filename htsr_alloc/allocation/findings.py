@@ -34,7 +34,7 @@ class Gap:
     def clause(self) -> str:
         """For people."""
         return (
-            f"loss {self.mean:+.3f} from uniform, 95 % interval {self.low:+.3f} to "
+            f"loss {self.mean:+.3f} nats from uniform, 95 % interval {self.low:+.3f} to "
             f"{self.high:+.3f} ({_seeds(self.seeds)})"
         )
 

@@ -39,7 +39,7 @@ FINDING = Finding(
 )
 WHAT = "alphalora's experts (pl_alpha_hill, official, beta 2.5)"
 PLACE = f"known of {WHAT} on small (x, y; 400 test rows each): "
-UNIFORM = "loss +0.020 from uniform, 95 % interval -0.010 to +0.050 (3 seeds)"
+UNIFORM = "loss +0.020 nats from uniform, 95 % interval -0.010 to +0.050 (3 seeds)"
 RANDOM = (
     "better than all 5 random allocations on 1 of 2 tasks, worse than all on 0, by chance 0.3 "
     "each (1 seed)"

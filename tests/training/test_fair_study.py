@@ -196,6 +196,29 @@ def test_results_without_a_validation_loss_cannot_tune(folder, invoke):
     assert chosen(study_of(folder, UNIFORM), seed_one, ["words"], study.rows[0]) == (HIGH,)
 
 
+def test_more_parameters_are_no_allocation(folder):
+    """A row of ten times the budget is not ranked among random ones of the budget."""
+    lora = {"system": "lora"}
+    rows = [{"name": "LoRA", **lora}, {"name": "ten", **lora, "times": 10}]
+    study = untuned(folder, UNIFORM, *rows, random("r1", 1, **lora))
+    done = {("words", row.name, 1, None): result(0.5) for row in study.rows}
+    assert set(ranked(study, done)) == {"LoRA"}
+    rows[1]["strategy"] = "alphalora"
+    drawn = random("r2", 2, **lora, times=10)
+    study = untuned(folder, UNIFORM, *rows, random("r1", 1, **lora), drawn)
+    done = {("words", row.name, 1, None): result(0.5) for row in study.rows}
+    assert set(ranked(study, done)) == {"LoRA", "ten"}
+    found = findings.findings(study, done, folder / "a.yaml")
+    assert [(own.unit, own.strategy) for own in found] == [("ranks", "uniform")]
+
+
+def test_a_tuned_row_has_no_gap_from_one_that_is_not(folder):
+    study = study_of(folder, {**UNIFORM, "learning_rate": LOW}, ALPHA)
+    done = {("words", "alpha", 1, rate): result(0.4, valid=rate) for rate in RATES}
+    done["words", "uniform", 1, None] = result(0.5)
+    assert findings.findings(study, done, folder / "a.yaml") == []
+
+
 def test_findings_count_no_run_that_diverged(folder):
     study = untuned(folder, UNIFORM, {**ALPHA, "main": True})
     done = {
