@@ -75,20 +75,24 @@ class Finding:
     better: tuple[str, ...]
     worse: tuple[str, ...]
 
-    @property
-    def sentence(self) -> str:
-        """What it says, with what chance alone would do."""
+    def sentence(self, model: str | None = None) -> str:
+        """What it says, with what chance alone would do.
+
+        Args:
+            model: the one in front of the user, where it may be another.
+        """
         places = f"{', '.join(self.tasks)}{REGIMES[self.regime]}; {self.rows} test rows each"
         clauses = [self.uniform.clause] if self.uniform else []
         if self.draws:
             count, chance = len(self.tasks), len(self.tasks) / (self.draws + 1)
             clauses.append(
-                f"better than all {self.draws} random allocations on {len(self.better)} of {count} "
-                f"tasks, worse than all on {len(self.worse)}, by chance {chance:.1f} each "
-                f"({_seeds(self.draw_seeds)})"
+                f"among {self.draws} random allocations it is the best on {len(self.better)} of "
+                f"{count} tasks and the worst on {len(self.worse)}, where chance gives "
+                f"{chance:.1f} of each ({_seeds(self.draw_seeds)})"
             )
         choices = _list(self.metric, self.estimator, self.beta)
-        what = f"{self.strategy}'s {self.unit}{choices} on {self.model} ({places})"
+        where = self.model if model in (None, self.model) else f"another model, {self.model}"
+        what = f"{self.strategy}'s {self.unit}{choices} on {where} ({places})"
         return f"known of {what}: {'; '.join(clauses)}"
 
     def is_about(self, allocation: Allocation) -> bool:
@@ -142,8 +146,10 @@ def known(allocation: Allocation) -> list[str]:
     record = allocation.strategy
     if record is None or record.name == Explicit.name:
         return []
-    said = [own.sentence for own in _shipped() if own.is_about(allocation)]
-    return said or [f"known of {_described(allocation, record)}: nothing, no study has trained it"]
+    model = allocation.model.name if allocation.model else None
+    said = [own.sentence(model) for own in _shipped() if own.is_about(allocation)]
+    nothing = "nothing, no tuned study has compared it"
+    return said or [f"known of {_described(allocation, record)}: {nothing}"]
 
 
 def _described(allocation: Allocation, record: StrategyRecord) -> str:

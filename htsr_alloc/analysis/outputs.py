@@ -97,7 +97,9 @@ class RunFiles:
             for key, value in now.items():
                 if before[key] != value:
                     what = "model" if key == "name" else key
-                    return f"is of another {what} ({_said(before[key])}; now {_said(value)})"
+                    said = f"is of another {what} ({_said(before[key])}; now {_said(value)})"
+                    fit = ", which htsr fit computes from its spectra in seconds"
+                    return said + fit * (key == "estimator" and settings.farms is None)
             if {matrix.tensor: matrix.shape for matrix in there.matrices} != names:
                 return "is of other matrices"
             return None

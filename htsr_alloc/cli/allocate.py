@@ -52,9 +52,9 @@ def allocate(
     ] = "lora-moe",
     rank: Annotated[
         int | None,
-        "Budget of --for lora: as many trainable parameters as this rank on every linear.",
+        "Budget of --for lora: as many trainable parameters as this rank on every adapted linear.",
     ] = None,
-    beta: Annotated[float | None, "Exponent beta of eq. 6; default 2.5."] = None,
+    beta: Annotated[float | None, "Exponent beta of AlphaLoRA's eq. 6; default 2.5."] = None,
     spread: Annotated[
         float | None, "Ratio of the largest quota to the smallest, from which beta is solved."
     ] = None,

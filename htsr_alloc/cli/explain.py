@@ -75,5 +75,5 @@ def _metrics_of(allocation: Allocation, file: Path, given: Path | None) -> Metri
     path = given or named
     if path is None or not path.exists():
         what = f"There is no {path}" if path else f"{file} names no metrics file"
-        raise HtsrError(f"{what}.", "Give the file as `metrics`.")
+        raise HtsrError(f"{what}, from which the counts follow.", "Give the file as `metrics`.")
     return records.loads(records.Metrics, files.read_bytes(path), path.name)

@@ -10,7 +10,7 @@ import typer
 
 from htsr_alloc.cli.choices import EXPORT
 from htsr_alloc.cli.opening import Hub, layer_map_of
-from htsr_alloc.cli.options import LoraAlpha, LoraDropout, LoraR, OutFile, Quiet, Target
+from htsr_alloc.cli.options import LoraAlphaOrRanks, LoraDropout, LoraR, OutFile, Quiet, Target
 from htsr_alloc.cli.screen import Screen
 from htsr_alloc.records.lora import Lora
 
@@ -28,7 +28,7 @@ def export(
     ] = None,
     target_modules: Target = None,
     r: LoraR = None,
-    lora_alpha: LoraAlpha = None,
+    lora_alpha: LoraAlphaOrRanks = None,
     lora_dropout: LoraDropout = Lora.lora_dropout,
     output: OutFile = None,
     quiet: Quiet = False,

@@ -68,10 +68,11 @@ Source = Annotated[
     str,
     typer.Argument(help="A .safetensors or .gguf file, a folder, a hub id, or org/name/FILE.gguf."),
 ]
-Quiet = Annotated[bool, "Print no notes and no progress."]
+Quiet = Annotated[bool, "Print the result only, without notes and progress."]
 Strict = Annotated[bool, "Exit with code 3 when a matrix could not be fitted."]
 LoraR = Annotated[Optional[int], "Rank r of one expert; default 8. Under torchrun write --lora-r."]
-LoraAlpha = Annotated[
+LoraAlpha = Annotated[Optional[float], "LoRA's alpha, whose scale is alpha / r; default 16."]
+LoraAlphaOrRanks = Annotated[
     Optional[float],
     "LoRA's alpha, whose scale is alpha / r; default 16. Of ranks r is the uniform rank, and the "
     "default twice that.",

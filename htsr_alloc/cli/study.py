@@ -49,10 +49,10 @@ def study(
         silence()
         run(asked, device_of(device), screen.note, limit)
     store = Store(asked.results)
-    if asked.model.exists():
+    if asked.away is None:
         check(asked, store)
-    else:  # which settings a line was made with is told by the model's files too
-        screen.note(f"{asked.model.name} is not here, so the lines' settings are not compared")
+    else:  # which settings a line was made with is told by the model's and the tasks' files too
+        screen.note(f"{asked.away} is not here, so the lines' settings are not compared")
     done = store.read()
     lines = summarise(asked, done)
     text = table.markdown(asked, lines, done)

@@ -40,11 +40,13 @@ def train(
     ] = None,
     r: Annotated[
         int | None,
-        "Rank r of one expert; default the system's, or 8. Under torchrun write --lora-r.",
+        "Rank r of one expert; default the system's, or 8, and of ranks the uniform rank. Under "
+        "torchrun write --lora-r.",
     ] = None,
     lora_alpha: Annotated[
         float | None,
-        "LoRA's alpha: the scale of an expert is alpha / r; default the system's, or 16.",
+        "LoRA's alpha: the scale of an expert is alpha / r; default the system's, or 16, and of "
+        "ranks twice the uniform rank.",
     ] = None,
     lora_dropout: Annotated[
         float | None,

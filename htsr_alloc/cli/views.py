@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from htsr_alloc.allocation.rounding import Bounds, repair_remainder
 from htsr_alloc.cli.inspecting import dequantised
 from htsr_alloc.cli.screen import Table, View, bar, short
 from htsr_alloc.records import Module, as_json
@@ -138,7 +139,7 @@ def allocation(
         notes.append(
             f"{money.spent:,} of {money.asked:,} parameters"
             + (
-                f", those of rank {money.r} on every linear"
+                f", those of rank {money.r} on every adapted linear"
                 if result.holds_ranks
                 else f" at r = {money.r}, routers included"
             )
@@ -147,10 +148,12 @@ def allocation(
 
 
 def _moved(counts: Sequence[int]) -> int:
-    """How many are not where the nearest uniform counts, which differ by one at most, have them."""
-    least, more = divmod(sum(counts), len(counts))
-    above = [count - least for count in counts if count > least]
-    return sum(above) - min(more, len(above))
+    """How many are not where the strategy ``uniform`` puts them."""
+    budget, layers = sum(counts), len(counts)
+    if budget == 0:
+        return 0
+    uniform = repair_remainder([budget / layers] * layers, budget, Bounds(low=0))
+    return sum(max(own - even, 0) for own, even in zip(counts, uniform, strict=True))
 
 
 def _signal(signal: Signal | None) -> list[str]:

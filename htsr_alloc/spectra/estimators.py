@@ -101,11 +101,11 @@ def fit(
 
             * official: the start with the least D among log10(0.95 p) <= l_i <= 1.5 p, the
               last eigenvalue excepted. AlphaLoRA's released script, AlphaPruning's
-              ``alpha_peak``; the log10 on one side only is theirs.
+              ``alpha_peak``; the log10 on one side only is theirs, and WeightWatcher's
+              (``xmin_peak``).
             * paper: AlphaLoRA eq. 5, "Fix-finger": l_min is the largest eigenvalue not above
               the peak, k the number above it (at most N - 1).
-            * band: ``official`` with the bound it meant, 0.95 p <= l_i <= 1.5 p
-              (WeightWatcher's ``xmin_peak``, by intent).
+            * band: ``official`` with the bound it meant, 0.95 p <= l_i <= 1.5 p.
             * median: the start is i = floor(N / 2), counted from 0 (TempBalance, FARMS).
             * ks: the start with the least D of all but the last (Clauset, Shalizi and Newman;
               the default of WeightWatcher and ``powerlaw``).

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.build import open_config, transformers_errors
+from htsr_alloc.records.text import printable
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
 from htsr_alloc.training.causal import refuse_unless_causal
@@ -114,6 +115,11 @@ def open_adapter(model: Any, folder: Path) -> PeftModel:
     if not isinstance(config, dict):
         raise HtsrError(f"adapter_config.json of {folder} is not an object.")
     check_patterns(config, [name for name, _ in model.named_modules()])
+    if (kind := config.get("peft_type")) not in [str(own.value) for own in PeftType]:
+        raise HtsrError(
+            f"{folder} is of a type that this PEFT does not have: {printable(str(kind))}.",
+            "Adapters that a fork of PEFT has saved are not read: train them again.",
+        )
     try:
         return PeftModel.from_pretrained(model, folder)
     except (HtsrError, MemoryError):

@@ -41,8 +41,8 @@ WHAT = "alphalora's experts (pl_alpha_hill, official, beta 2.5)"
 PLACE = f"known of {WHAT} on small (x, y; 400 test rows each): "
 UNIFORM = "loss +0.020 nats from uniform, 95 % interval -0.010 to +0.050 (3 seeds)"
 RANDOM = (
-    "better than all 5 random allocations on 1 of 2 tasks, worse than all on 0, by chance 0.3 "
-    "each (1 seed)"
+    "among 5 random allocations it is the best on 1 of 2 tasks and the worst on 0, where chance "
+    "gives 0.3 of each (1 seed)"
 )
 
 
@@ -83,10 +83,13 @@ def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
 
 
 def test_a_finding_says_what_it_compared():
-    assert FINDING.sentence == f"{PLACE}{UNIFORM}; {RANDOM}"
-    assert dataclasses.replace(FINDING, uniform=None).sentence == PLACE + RANDOM
+    assert FINDING.sentence() == f"{PLACE}{UNIFORM}; {RANDOM}"
+    assert dataclasses.replace(FINDING, uniform=None).sentence() == PLACE + RANDOM
+    other = PLACE.replace("on small", "on another model, small")
+    assert FINDING.sentence("minilm") == f"{other}{UNIFORM}; {RANDOM}"
+    assert FINDING.sentence("small") == f"{PLACE}{UNIFORM}; {RANDOM}"
     alone = dataclasses.replace(FINDING, draws=0, draw_seeds=0, better=(), regime="together")
-    assert alone.sentence == PLACE.replace("x, y", "x, y, learnt together") + UNIFORM
+    assert alone.sentence() == PLACE.replace("x, y", "x, y, learnt together") + UNIFORM
 
 
 @pytest.mark.parametrize(
@@ -104,13 +107,13 @@ def test_a_finding_says_what_it_compared():
 def test_what_no_study_has_tried_is_said_to_be_unknown(shipped, more, what):
     budget = {} if "rank" in more else {"T": 30}
     made = allocate(METRICS, **budget, **more)
-    assert of(made) == [f"known of {what}: nothing, no study has trained it"]
+    assert of(made) == [f"known of {what}: nothing, no tuned study has compared it"]
 
 
 def test_the_command_says_it_in_one_line(shipped, invoke, tmp_path):
     done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json")
     assert done.rc == 0
-    assert FINDING.sentence in done.stderr.splitlines()
+    assert FINDING.sentence("minilm") in done.stderr.splitlines()
     done = invoke("allocate", METRICS, "--T", 30, "-o", tmp_path / "a.json", "-q")
     assert "known of" not in done.stderr
     assert of(allocate(None, strategy="explicit", experts=(3, 2))) == []

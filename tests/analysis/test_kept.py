@@ -26,11 +26,14 @@ def analysed(model, invoke, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--estimator", "median"], "is of another estimator (official; now median)"),
+        (
+            ["--estimator", "median"],
+            "is of another estimator (official; now median), which htsr fit computes from its spectra",
+        ),
         (["--bins", 50], "is of another bins (100; now 50)"),
         (["--include", "*q_proj*"], "is of another include (none; now *q_proj*)"),
         (["--engine", "portable"], "is of another engine (auto; now portable)"),
-        (["--farms"], "is of another estimator"),
+        (["--farms"], "is of another estimator (official; now median)."),
         (["--farms", "--estimator", "official"], "is of another farms (none; now"),
     ],
 )

@@ -204,7 +204,7 @@ def test_allocate_reads_what_score_writes(method, work, invoke):
     [
         (["gain", "--model", "model"], "first-order gain needs --data"),
         (["norm", "--model", "model", "--data", "train.jsonl"], "weight norm does not use --data"),
-        (["snr", "--model", "model"], "Spectrum's SNR does not use --model"),
+        (["snr", "--model", "model"], "hint: It needs --metrics."),
         (["snr"], "Spectrum's SNR needs --metrics"),
         (["snr", "--metrics", "tiny.metrics.json", "--device", "cpu"], "opens no model"),
         (["fisher", "--model", "model", "--data", "train.jsonl", "--r", "2"], "does not use --r"),

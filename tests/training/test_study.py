@@ -384,3 +384,18 @@ def test_reading_results_writes_nothing(plan):
     before = set(plan.parent.iterdir())
     assert Store(plan.parent / "results.jsonl").read() == {}
     assert set(plan.parent.iterdir()) == before
+
+
+def test_a_file_that_is_not_there_stops_a_run_and_not_a_report(plan, invoke):
+    assert invoke("study", plan, "--limit", 1, "--device", "cpu").rc == 0
+    gone = read_study(plan).tasks["words"].test
+    gone.unlink()
+    before = (plan.parent / "results.jsonl").read_bytes()
+    done = invoke("study", plan, "--device", "cpu")
+    assert done.rc == 1
+    assert f"error: {gone} is not there." in done.stderr
+    done = invoke("study", plan, "--report")
+    assert done.rc == 0
+    assert f"{gone} is not here, so the lines' settings are not compared" in done.stderr
+    assert "1 of 12 cells" in done.stdout
+    assert (plan.parent / "results.jsonl").read_bytes() == before

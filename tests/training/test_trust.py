@@ -233,3 +233,13 @@ def test_a_study_marks_the_cells_that_diverged(invoke, work):
     done = invoke("study", "study.yaml", "--device", "cpu")
     assert done.rc == 1
     assert "with other weights than those in model" in done.stderr
+
+
+def test_an_adapter_of_a_forks_type_is_one_sentence(invoke, work):
+    fork = work / "fork"
+    fork.mkdir()
+    (fork / "adapter_config.json").write_text('{"peft_type": "MOLA", "r": 8}')
+    done = invoke("generate", fork, "w1", "--model", "model")
+    assert done.rc == 1
+    assert "is of a type that this PEFT does not have: MOLA." in done.stderr
+    assert "train them again" in done.stderr

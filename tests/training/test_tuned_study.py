@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 import statistics
 from collections import Counter
 
@@ -22,7 +24,7 @@ from htsr_alloc.errors import HtsrError
 from htsr_alloc.training.study import bootstrap, chance, summary, table
 from htsr_alloc.training.study.budget import fitted
 from htsr_alloc.training.study.cells import cells, chosen, fingerprint, outcomes, planned
-from htsr_alloc.training.study.plan import RowSpec, check_rows, read_study
+from htsr_alloc.training.study.plan import RowSpec, Study, Task, check_rows, read_study
 from htsr_alloc.training.study.store import Store
 
 RATES = [0.001, 0.03]
@@ -554,3 +556,15 @@ def test_the_published_plans_can_run(name):
     for row in study.rows:
         if row.draw is not None:  # it stands against rows that ran at the same rate
             assert row.learning_rate in study.learning_rates
+
+
+def test_the_plan_in_the_documentation_can_be_read_and_has_as_many_cells_as_it_says(tmp_path):
+    page = (ROOT / "docs" / "own_study.md").read_text()
+    path = tmp_path / "plan.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    study = read_study(path)
+    assert f"# {planned(study)} cells;" in page
+    assert study.tuning_seeds == 2
+    keys = {key for key in re.findall(r"`(\w+)", page)}
+    fields = [own.name for kind in (Study, RowSpec, Task) for own in dataclasses.fields(kind)]
+    assert [name for name in fields if name not in keys] == []

@@ -11,7 +11,7 @@ from htsr_alloc.allocation.strategies.base import Plan, Strategy
 
 @dataclass(frozen=True)
 class Uniform(Strategy):
-    """As many experts in every layer; what does not divide goes to the first layers."""
+    """As many experts in every layer; if T does not divide, the first layers have one more or less."""
 
     name: ClassVar[str] = "uniform"
 

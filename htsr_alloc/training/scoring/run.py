@@ -85,7 +85,8 @@ def score(
     given |= {"r": r, "limit": limit, "batch_size": batch_size}
     for name, value in given.items():
         if value is not None and name not in asked.takes:
-            raise HtsrError(f"{asked.title} does not use `{name}`.", "Leave it out.")
+            needed = " and ".join(f"`{x}`" for x in asked.takes if x not in DEFAULTS)
+            raise HtsrError(f"{asked.title} does not use `{name}`.", f"It needs {needed}.")
         if value is None and name in asked.takes and name not in DEFAULTS:
             raise HtsrError(f"{asked.title} needs `{name}`.")
         if isinstance(value, int) and value < 1:

@@ -122,6 +122,12 @@ class Study:
     regime: Literal["each", "together", "sequence"] = "each"
 
     @property
+    def away(self) -> Path | None:
+        """The first of the files that its cells are made of that is not there."""
+        tasks = [path for x in self.tasks.values() for path in (x.train, x.test, x.valid) if path]
+        return next((path for path in (self.model, *tasks) if not path.exists()), None)
+
+    @property
     def groups(self) -> list[tuple[str, ...]]:
         """The tasks that one model is trained on."""
         return [(task,) for task in self.tasks] if self.regime == "each" else [tuple(self.tasks)]

@@ -42,8 +42,13 @@ def run(study: Study, device: torch.device, say: Said, limit: int | None = None)
         How many cells this process has run.
 
     Raises:
-        HtsrError: a result made with other settings than the study's, or a row that cannot run.
+        HtsrError: a file that is not there, a result made with other settings than the study's, or
+            a row that cannot run.
     """
+    if study.away is not None:
+        raise HtsrError(
+            f"{study.away} is not there.", "The plan says what fetches it, or correct it."
+        )
     store, total = Store(study.results), planned(study)
     check(study, store)
     check_rows(study)
