@@ -16,6 +16,7 @@ from htsr_alloc.allocation.budget import (
     Stacks,
     check_rank,
 )
+from htsr_alloc.allocation.given import checked, whole
 from htsr_alloc.allocation.linears import Linears
 from htsr_alloc.allocation.rounding import REMAINDER, REPAIRS, Bounds
 from htsr_alloc.allocation.scope import EVERYTHING, OVER
@@ -198,8 +199,11 @@ class Request:
         The others are the fields of a ``Request``.
 
         Raises:
-            HtsrError: what contradicts itself, or would do nothing.
+            HtsrError: what contradicts itself, would do nothing, or has another type.
         """
+        settings = checked(settings)
+        numbers = {"params": params, "target_share": target_share, "r": r, "rank": rank}
+        numbers = checked(numbers | {"top_k": top_k, "layers": layers})
         check_choice("strategy", strategy, STRATEGIES)
         if metric is not None and scores is not None:
             raise HtsrError(f"`scores` come in place of `metric` {metric}.", "Give one of them.")
@@ -207,14 +211,22 @@ class Request:
             raise HtsrError(f"`pool` {pool} is about `per_module`.", "Give both, or neither.")
         return cls(
             strategy_of(strategy, settings),
-            _budget(adapter_kind, T, params, target_share, r, rank, budget),
+            _budget(
+                adapter_kind,
+                T,
+                numbers["params"],
+                numbers["target_share"],
+                numbers["r"],
+                numbers["rank"],
+                budget,
+            ),
             Metric(metric) if metric is not None else scores,
             (pool or "role") if per_module else None,
             tuple(targets),
             repair,
             bounds or Bounds(),
-            top_k,
-            layers,
+            numbers["top_k"],
+            numbers["layers"],
             stack,
             score_over,
             linears,
@@ -252,10 +264,10 @@ def _budget(
                 f"For ranks of plain LoRA give `rank` {r}." if plain else "Leave it out.",
             )
     chosen = budget if T is None else T
-    if isinstance(chosen, int):
-        chosen = Experts(chosen)
-    elif isinstance(chosen, Mapping):
-        chosen = Stacks(tuple(chosen.items()))
+    if isinstance(chosen, Mapping):
+        chosen = Stacks(tuple((name, whole("T", total)) for name, total in chosen.items()))
+    elif chosen is not None and not isinstance(chosen, (Experts, Params, Share, Rank, Stacks)):
+        chosen = Experts(whole("T" if budget is None else "budget", chosen))
     elif params is not None:
         chosen = Params(params, r or 8)
     elif target_share is not None:

@@ -68,7 +68,8 @@ def repair_remainder(quota: Sequence[float], budget: int, bounds: Bounds) -> lis
     while (short := budget - sum(counts)) != 0:
         step = 1 if short > 0 else -1
         layers = [i for i, s in enumerate(counts) if bounds.allow(s + step)]
-        best = max(layers, key=lambda i: step * (quota[i] - counts[i]))
+        # of quotas too small to change the difference the larger one is served first
+        best = max(layers, key=lambda i: (step * (quota[i] - counts[i]), step * quota[i]))
         counts[best] += step
     return counts
 

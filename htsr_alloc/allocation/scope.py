@@ -8,6 +8,7 @@ from typing import Any
 
 from htsr_alloc.allocation.units import selected
 from htsr_alloc.checkpoints.stacks import chosen_stacks, stack_of
+from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import Allocation, Metrics
 from htsr_alloc.records.decisions import Evidence, Module
 from htsr_alloc.records.means import summarise
@@ -54,7 +55,11 @@ def of_stack(metrics: Metrics, name: str) -> Metrics:
 
 
 def joined(parts: Sequence[Allocation], stacks: str) -> Allocation:
-    """The allocations of several stacks as one, in their order."""
+    """The allocations of several stacks as one, in their order.
+
+    Raises:
+        HtsrError: two of them are of one layer.
+    """
     first = parts[0]
     evidence: list[Evidence] = []
     modules: list[Module] = []
@@ -62,13 +67,22 @@ def joined(parts: Sequence[Allocation], stacks: str) -> Allocation:
         start = len(evidence)
         modules += [replace(module, layer=start + module.layer) for module in part.modules]
         evidence += [replace(row, layer=start + row.layer) for row in part.evidence]
+    named = [row.prefix for row in evidence if row.prefix is not None]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise HtsrError(f"`T` {stacks} names the stack of {twice} twice.", "Give longer names.")
     strategy: Any = first.strategy
+    own = {  # what each stack has of its own, such as the beta that its spread asks for
+        name: None
+        for name in ("beta", "signal")
+        if any(getattr(part.strategy, name) != getattr(strategy, name) for part in parts)
+    }
     return replace(
         first,
         budget=sum(part.budget for part in parts),
         experts=tuple(n for part in parts for n in part.experts),
         top_k=tuple(k for part in parts for k in part.top_k),
-        strategy=replace(strategy, stack=stacks),
+        strategy=replace(strategy, stack=stacks, **own),
         evidence=tuple(evidence),
         modules=tuple(modules),
     )

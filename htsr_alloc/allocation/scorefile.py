@@ -7,12 +7,13 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from htsr_alloc import files
 from htsr_alloc.allocation.units import Unit
+from htsr_alloc.checkpoints.stacks import stack_of
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.records import File, Metrics
 
@@ -24,30 +25,56 @@ class Scores:
     """One column of a score file. Higher scores get more experts.
 
     ``key`` says what ``values`` are by: ``layer`` (its number), ``prefix`` (its block's name) or
-    ``module`` (a linear's name).
+    ``module`` (a linear's name). ``named`` are the blocks of numbered layers, where the file has
+    them too.
     """
 
     column: str
     key: str
     values: dict[str, float]
     source: File
+    named: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def prefixes(self) -> list[str | None]:
-        """The layers that it scores, by their blocks' names where it has them."""
-        return list(self.values) if self.key == "prefix" else [None] * len(self.values)
+        """The layers that it scores in numeric order, by their blocks' names where it has them.
+
+        Raises:
+            HtsrError: a stack of blocks of which one is missing.
+        """
+        if self.key != "prefix":
+            return [self.named.get(str(i)) for i in range(len(self.values))]
+        blocks: dict[str, set[str]] = {}
+        for name in self.values:
+            blocks.setdefault(stack_of(name), set()).add(name)
+        found: list[str | None] = []
+        for stack, own in blocks.items():
+            numbered = [f"{stack}.{i}" for i in range(len(own))]
+            missing = next((name for name in numbered if name not in own), None)
+            if missing is not None:
+                raise HtsrError(f"{self.source.file} has no score of prefix {missing}.")
+            found += numbered
+        return found
 
     def of(self, units: Sequence[Unit], metrics: Metrics | None) -> list[float]:
         """The score of each layer or linear.
 
         Raises:
             HtsrError: the file scores linears and these are layers, or the other way round; one
-                is missing, or the file has others.
+                is missing, or the file has others; its layer of a number is another block.
         """
         if (self.key == "module") != (units[0].matrix is not None):
             wrong = "by linears" if self.key == "module" else "by layers"
             hint = "Add `per_module`." if self.key == "module" else "Remove `per_module`."
             raise HtsrError(f"{self.source.file} has scores {wrong}.", hint)
+        for unit in units if metrics is not None else ():
+            named = self.named.get(str(unit.layer), unit.name)
+            if not (f".{named}".endswith(f".{unit.name}") or unit.name.endswith(f".{named}")):
+                raise HtsrError(
+                    f"{self.source.file} calls layer {unit.layer} {named}, and the metrics "
+                    f"{unit.name}.",
+                    "Leave out its column layer, and write prefixes as the metrics have them.",
+                )
         return self.ordered([str(u.layer) if self.key == "layer" else u.name for u in units])
 
     def record(self, metrics: Metrics | None) -> dict[str, Any]:
@@ -100,6 +127,7 @@ def read_scores(path: Path, column: str = "score") -> Scores:
             f"Give it a column {', '.join(KEYS[:-1])} or {KEYS[-1]}.",
         )
     values: dict[str, float] = {}
+    named: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         where = f"{path.name}, row {number}"
         for wanted in (key, column):
@@ -110,7 +138,9 @@ def read_scores(path: Path, column: str = "score") -> Scores:
         if name in values:
             raise HtsrError(f"{where}: duplicate {key} {name}.")
         values[name] = _number(row[column], where)
-    return Scores(column, key, values, File(path.name, hashlib.sha256(text).hexdigest()))
+        if key == "layer" and row.get("prefix"):
+            named[name] = str(row["prefix"]).strip()
+    return Scores(column, key, values, File(path.name, hashlib.sha256(text).hexdigest()), named)
 
 
 def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
@@ -139,7 +169,7 @@ def _rows(path: Path, text: str, column: str) -> list[dict[str, Any]]:
 
 def _number(value: Any, where: str) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):

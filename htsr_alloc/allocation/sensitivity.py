@@ -87,7 +87,12 @@ class Sensitivity:
 
     @property
     def as_far_as_chance(self) -> tuple[str, ...]:
-        """The causes under which the counts lie no nearer to their own than chance puts them."""
+        """The causes under which the counts lie no nearer to their own than chance puts them.
+
+        None where chance does not move them either.
+        """
+        if self.chance.high >= 1:
+            return ()
         return tuple(cause for cause, near in self.near.items() if near <= self.chance.high)
 
 

@@ -85,16 +85,20 @@ def with_noise(settings: Settings, noise: float | None = NOISE) -> Settings:
 
 
 def fit_of(matrix: Matrix, tail: np.ndarray, estimator: str, bins: int) -> Fit:
-    """The fit to a matrix's eigenvalues; failed where they differ by rounding alone."""
+    """The fit to a matrix's eigenvalues; failed where they, or its tail's, differ by rounding."""
     found = fit(tail, estimator, bins)
-    if found.alpha is None or not is_flat(tail, matrix.shape, matrix.dtype):
+    if found.xmin is None or not is_flat(tail, matrix.shape, matrix.dtype, found.xmin):
         return found
+    whole = is_flat(tail, matrix.shape, matrix.dtype)
     stored = FLOAT_DTYPES.get(matrix.dtype, (0, matrix.dtype))[1]
-    reason = f"all eigenvalues are equal within the rounding of {stored}"
+    which = "all eigenvalues" if whole else "the tail's eigenvalues"
+    reason = f"{which} are equal within the rounding of {stored}"
     return Fit(None, None, None, None, None, FAILED, reason)
 
 
-def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
+def is_flat(
+    values: np.ndarray, shape: tuple[int, int], dtype: str, start: float | None = None
+) -> bool:
     """Whether a spectrum's spread is what rounding gives a matrix of equal singular values.
 
     Storing an (m, n) matrix W, m >= n, adds an error to each entry, independent and at most
@@ -109,12 +113,15 @@ def is_flat(values: np.ndarray, shape: tuple[int, int], dtype: str) -> bool:
     Args:
         values: (n,) ascending eigenvalues, the squared singular values.
         dtype: as stored.
+        start: the eigenvalue from which the spread is taken, of a tail; None for the least. There
+            is no room left there: in fp8 it would take in tails of few eigenvalues.
     """
     if not len(values):
         return False
-    least, largest = np.sqrt(values[0]), np.sqrt(values[-1])
+    least, largest = np.sqrt(values[0] if start is None else start), np.sqrt(values[-1])
     m, n = max(shape), min(shape)
-    stored = SPREAD * eps_of(dtype) * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
+    room = SPREAD if start is None else 1.0
+    stored = room * eps_of(dtype) * np.sqrt(values.mean() * n / m)  # ||W||_F / sqrt(m)
     computed = n * min(eps_of(dtype), EPS["F32"]) * largest
     return bool(largest - least <= stored + computed)
 

@@ -95,18 +95,26 @@ def unpaired(names: Sequence[str], found: Sequence[MetricsComparison]) -> list[s
 def allocation_tables(names: Sequence[str], found: Sequence[AllocationComparison]) -> list[Table]:
     """Layers, then a row a file."""
     rows = [
-        [name, c.moved, *c.budgets, len(c.top_k), c.correlation.spearman, c.correlation.kendall,
-         c.correlation.reason or ""]
+        [name, c.moved, *c.budgets, len(c.top_k), *_linears(c, found), c.correlation.spearman,
+         c.correlation.kendall, c.correlation.reason or ""]
         for name, c in zip(names[1:], found, strict=True)
     ]  # fmt: skip
     what = found[0].counted
     total = "T" if what == "experts" else "sum"
-    columns = ["file", f"{what} moved", f"{total} of {names[0]}", total, "top_k differs",
+    linears = ["linears differ"] if any(comparison.modules for comparison in found) else []
+    columns = ["file", f"{what} moved", f"{total} of {names[0]}", total, "top_k differs", *linears,
                "spearman", "kendall", "note"]  # fmt: skip
     return [
         *_side_by_side("layer", names, [comparison.layers for comparison in found]),
         Table(columns, rows, left=["file", "note"]),
     ]
+
+
+def _linears(comparison: AllocationComparison, found: Sequence[AllocationComparison]) -> list[int]:
+    """How many linears' counts differ, in a table of which some file has counts of linears."""
+    if not any(other.modules for other in found):
+        return []
+    return [sum(pair.difference != 0 for pair in comparison.modules)]
 
 
 def _side_by_side(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,7 @@ class AllocationComparison:
     Attributes:
         counted: experts or ranks.
         layers: those of each.
+        modules: counts of linears, where one of the two has them; 0 of one that is not adapted.
         top_k: layers whose top_k differs.
         budgets: T of both.
         moved: how many change their layer: half the L1 distance, of which a difference of the
@@ -87,14 +88,16 @@ class AllocationComparison:
 
     counted: str
     layers: tuple[Pair, ...]
+    modules: tuple[Pair, ...]
     top_k: tuple[int, ...]
     budgets: tuple[int, int]
     moved: int
     correlation: Correlation
 
     def same(self, tolerance: float = 0.0) -> bool:
-        """Whether no layer's count differs by more than the tolerance, nor top_k at all."""
-        return not self.top_k and all(_close(pair, tolerance) for pair in self.layers)
+        """Whether no count differs by more than the tolerance, nor a layer's top_k at all."""
+        pairs = (*self.layers, *self.modules)
+        return not self.top_k and all(_close(pair, tolerance) for pair in pairs)
 
 
 def compare(
@@ -168,6 +171,7 @@ def compare_allocations(reference: Allocation, other: Allocation) -> AllocationC
             f"One allocation is of {reference.counted}, the other of {other.counted}.",
             "Compare allocations that count the same.",
         )
+    other = _in_order_of(other, [row.prefix for row in reference.evidence])
     rows = reference.evidence or other.evidence
     names = [row.prefix or f"layer {row.layer}" for row in rows]
     names = names or [f"layer {i}" for i in range(counts[0])]
@@ -179,6 +183,7 @@ def compare_allocations(reference: Allocation, other: Allocation) -> AllocationC
             Pair(name, x, y, y - x)
             for name, x, y in zip(names, reference.experts, other.experts, strict=True)
         ),
+        modules=_linears(reference, other),
         top_k=tuple(
             i for i, (x, y) in enumerate(zip(reference.top_k, other.top_k, strict=True)) if x != y
         ),
@@ -186,6 +191,29 @@ def compare_allocations(reference: Allocation, other: Allocation) -> AllocationC
         moved=(int(np.abs(b - a).sum()) - surplus) // 2,
         correlation=_correlation(a, b),
     )
+
+
+def _in_order_of(allocation: Allocation, prefixes: Sequence[str | None]) -> Allocation:
+    """Its layers in the order of these blocks, if it has the same."""
+    own = [row.prefix for row in allocation.evidence]
+    if None in own or len(set(own)) < len(own) or set(own) != set(prefixes):
+        return allocation
+    at = [own.index(prefix) for prefix in prefixes]
+    return replace(
+        allocation,
+        experts=tuple(allocation.experts[i] for i in at),
+        top_k=tuple(allocation.top_k[i] for i in at),
+        evidence=tuple(allocation.evidence[i] for i in at),
+    )
+
+
+def _linears(reference: Allocation, other: Allocation) -> tuple[Pair, ...]:
+    a, b = ({m.name: m.experts for m in side.modules} for side in (reference, other))
+    if bool(a) != bool(b):
+        why = "one allocation is by linears, the other by layers"
+        return tuple(Pair(name, a.get(name), b.get(name), None, why) for name in (*a, *b))
+    names = dict.fromkeys((*a, *b))
+    return tuple(_pair(name, a.get(name, 0), b.get(name, 0)) for name in names)
 
 
 def _pair(

@@ -298,3 +298,9 @@ def test_the_official_repair_keeps_the_bounds_or_refuses(golden):
     with pytest.raises(HtsrError, match="layer 27 a count of 0, which is outside low 1") as caught:
         allocate(metrics_with(expected["layer_mean"]), budget=32, beta=2.0, repair="official")
     assert "low 0" in caught.value.hint
+
+
+def test_a_vanishing_quota_is_served_after_a_larger_one():
+    quota = quotas([1.0, 1.4, 9.0], 10, 50.0)
+    counts = repair_remainder(quota, 10, Bounds(low=0, high=5))
+    assert counts == [2, 3, 5]

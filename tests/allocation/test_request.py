@@ -8,6 +8,7 @@ import pickle
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from helpers.commands import ROOT
 from helpers.records_made import metrics_with
@@ -202,3 +203,33 @@ def test_a_request_can_be_changed():
     with pytest.raises(HtsrError, match="uses no score, so that metric"):
         replace(request, strategy=Uniform())
     assert replace(request, strategy=Uniform(), scores=None) == Request(Uniform(), Experts(12))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"params": 1e6}, "`params` is a whole number, not 1000000.0"),
+        ({"T": True}, "`T` is a whole number, not True"),
+        ({"T": "9"}, "`T` is a whole number, not '9'"),
+        ({"T": {"model": 9.5}}, "`T` is a whole number, not 9.5"),
+        ({"budget": 9.0}, "`budget` is a whole number, not 9.0"),
+        ({"params": 10**6, "r": 8.0}, "`r` is a whole number, not 8.0"),
+        ({"T": 9, "top_k": 2.0}, "`top_k` is a whole number, not 2.0"),
+        ({"T": 9, "beta": "2.5"}, "`beta` is a number, not '2.5'"),
+        ({"T": 9, "spread": [3]}, r"`spread` is a number, not \[3\]"),
+        ({"strategy": "mola", "groups": "2468"}, "`groups` are whole numbers, not '2468'"),
+        ({"strategy": "explicit", "experts": "123"}, "`experts` are whole numbers, not '123'"),
+        ({"strategy": "explicit", "experts": [1.5]}, "`experts` is a whole number, not 1.5"),
+    ],
+)
+def test_another_type_is_one_sentence(keywords, said):
+    with pytest.raises(HtsrError, match=said.replace("`", "")):
+        Request.of(**keywords)
+
+
+def test_numbers_of_numpy_are_pythons():
+    found = Request.of(T=np.int64(9), beta=np.float32(2.5), top_k=np.int8(1))
+    assert found == Request.of(T=9, beta=2.5, top_k=1)
+    assert type(found.budget.total) is int
+    counts = Request.of(strategy="explicit", experts=np.array([1, 2]))
+    assert counts == Request.of(strategy="explicit", experts=(1, 2))

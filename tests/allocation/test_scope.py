@@ -52,6 +52,24 @@ def test_one_stack_is_allocated_as_if_it_were_the_model():
         )
 
 
+def test_a_stack_has_one_budget():
+    made = two_stacks()
+    short = [layer.prefix.replace("model.layers", "layer") for layer in made.layers]
+    short = [name.replace("layers", "layer") for name in short]
+    renamed = [replace(layer, prefix=name) for layer, name in zip(made.layers, short, strict=True)]
+    alike = replace(made, layers=tuple(renamed))
+    with pytest.raises(HtsrError, match=r"names the stack of language_model\.layer\.0 twice"):
+        allocate(alike, T={"layer": 30, "language_model": 18})
+
+
+def test_each_stacks_beta_is_its_own():
+    both = allocate(two_stacks(), T={"language_model": 18, "vision_tower": 8}, spread=3)
+    assert both.strategy.spread == 3
+    assert both.strategy.beta is None
+    same = allocate(two_stacks(), T={"language_model": 18, "vision_tower": 8}, beta=2)
+    assert same.strategy.beta == 2
+
+
 def test_each_stack_has_its_own_budget():
     both = allocate(two_stacks(), T={"language_model": 18, "vision_tower": 8})
     text = allocate(two_stacks(), T=18, stack="language_model")

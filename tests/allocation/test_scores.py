@@ -339,3 +339,32 @@ def test_the_new_options_load_nothing_heavy(data, arguments, allowed):
         check=True,
     )
     assert done.stderr.splitlines()[-1] == str(allowed)
+
+
+def test_a_layers_number_is_not_taken_for_another_block(tmp_path):
+    metrics = metrics_with([9.0, 9.0, 9.0])
+    text = "layer,prefix,score\n0,model.layers.1,2\n1,model.layers.0,3\n2,model.layers.2,4\n"
+    scores = read_scores(written(tmp_path, "s.csv", text))
+    with pytest.raises(HtsrError, match=r"calls layer 0 model\.layers\.1, and the metrics model"):
+        allocate(metrics, T=12, scores=scores)
+    shorter = text.replace("model.layers", "layers")
+    shorter = shorter.replace("layers.1,2", "layers.0,2").replace("1,layers.0", "1,layers.1")
+    found = allocate(metrics, T=12, scores=read_scores(written(tmp_path, "s.csv", shorter)))
+    assert [row.score for row in found.evidence] == [2.0, 3.0, 4.0]
+
+
+def test_blocks_without_metrics_are_in_numeric_order(tmp_path):
+    names = sorted(f"model.layers.{i}" for i in range(12))
+    rows = [f"{name},{float(name.rpartition('.')[2]) + 1}" for name in names]
+    path = written(tmp_path, "s.csv", "\n".join(["prefix,score", *rows]))
+    found = allocate(None, T=80, beta=1, scores=read_scores(path))
+    assert [row.prefix for row in found.evidence] == [f"model.layers.{i}" for i in range(12)]
+    assert list(found.experts) == sorted(found.experts)
+    path = written(tmp_path, "s.csv", "prefix,score\nh.0,1\nh.1,2\nh.3,3\n")
+    with pytest.raises(HtsrError, match=r"has no score of prefix h\.2"):
+        allocate(None, T=12, scores=read_scores(path))
+
+
+def test_a_score_is_a_plain_number(tmp_path):
+    with pytest.raises(HtsrError, match="'1_0' is not a finite number"):
+        read_scores(written(tmp_path, "s.csv", "layer,score\n0,1_0\n"))

@@ -200,3 +200,10 @@ def test_options_that_would_do_nothing_are_refused(options, said, invoke):
     done = invoke("allocate", ROOT / "data" / "minilm.metrics.json", "--T", 30, *options)
     assert done.rc == 1
     assert said in done.stderr
+
+
+def test_counts_that_chance_does_not_move_are_not_held_against_it():
+    metrics, path = smollm2()
+    found = sensitivity_of(metrics, path, Request.of(T=90, beta=0.1), draws=20)
+    assert found.chance.high == 1.0
+    assert found.as_far_as_chance == ()

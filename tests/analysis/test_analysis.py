@@ -224,6 +224,23 @@ def test_a_spectrum_that_is_flat_within_rounding_has_no_alpha(tmp_path):
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ["official", "median", "kde-mean"])
+def test_a_tail_of_equal_singular_values_has_no_alpha(dtype, estimator, tmp_path):
+    """A few small ones, and above them a block that differs by rounding alone."""
+    singular = torch.cat([torch.linspace(0.2, 0.8, 6), torch.ones(58)]).double()
+    left, right = (torch.linalg.qr(randn(64, 64, seed=i).double())[0] for i in range(2))
+    weight = (left * singular) @ right
+    write_shards(tmp_path / "m", [{"h.0.w.weight": weight.to(dtype)}])
+    found = analyze(open_checkpoint(tmp_path / "m"), settings(estimator=estimator)).matrices[0]
+    assert (found.status, found.pl_alpha_hill) == ("failed", None)
+    assert found.reason.startswith("the tail's eigenvalues are equal within the rounding of")
+    singular[6:] += torch.linspace(0, 0.5, 58)
+    write_shards(tmp_path / "n", [{"h.0.w.weight": ((left * singular) @ right).to(dtype)}])
+    found = analyze(open_checkpoint(tmp_path / "n"), settings(estimator=estimator)).matrices[0]
+    assert found.pl_alpha_hill is not None
+
+
 def test_an_absurd_number_of_bins_is_refused(model):
     with pytest.raises(HtsrError, match="bins must be at most 1000000"):
         analyze(model, bins=1_000_000_000)

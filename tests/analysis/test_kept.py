@@ -28,7 +28,7 @@ def analysed(model, invoke, tmp_path):
     [
         (
             ["--estimator", "median"],
-            "is of another estimator (official; now median), which htsr fit computes from its spectra",
+            "is of another estimator (official; now median), which htsr fit computes",
         ),
         (["--bins", 50], "is of another bins (100; now 50)"),
         (["--include", "*q_proj*"], "is of another include (none; now *q_proj*)"),

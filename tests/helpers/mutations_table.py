@@ -93,7 +93,7 @@ TABLE = (
     M(
         "flat spectra",
         "analysis/measure.py",
-        "if found.alpha is None or not is_flat(",
+        "if found.xmin is None or not is_flat(",
         "if True or not is_flat(",
         ANALYSIS + " -k flat",
     ),

@@ -355,3 +355,39 @@ def test_allocation_kind_is_told_apart(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(HtsrError, match=r"deep\.json is neither"):
         read_result(tmp_path / "deep.json")
+
+
+def test_counts_by_linears_are_compared(invoke, tmp_path):
+    made = allocate(MINILM, T=30, per_module=True)
+    first, second = (
+        made.modules[0],
+        next(m for m in made.modules if m.experts != made.modules[0].experts),
+    )
+    swapped = {
+        first.name: dataclasses.replace(first, experts=second.experts, top_k=second.top_k),
+        second.name: dataclasses.replace(second, experts=first.experts, top_k=first.top_k),
+    }
+    other = dataclasses.replace(made, modules=tuple(swapped.get(m.name, m) for m in made.modules))
+    found = compare(made, other)
+    assert [p.name for p in found.modules if p.difference] == [first.name, second.name]
+    assert not found.same()
+    assert compare(made, made).same()
+    assert not compare(made, allocate(MINILM, T=30)).same()
+    for name, record in (("a.json", made), ("b.json", other)):
+        (tmp_path / name).write_text(dumps(record))
+    done = invoke("compare", tmp_path / "a.json", tmp_path / "b.json", "--check")
+    assert done.rc == 4
+    assert "linears differ" in done.stdout
+
+
+def test_layers_are_paired_by_their_blocks():
+    made = allocate(MINILM, T=30)
+    turned = dataclasses.replace(
+        made,
+        experts=made.experts[::-1],
+        top_k=made.top_k[::-1],
+        evidence=made.evidence[::-1],
+    )
+    found = compare(made, turned)
+    assert (found.moved, found.correlation.spearman) == (0, pytest.approx(1.0))
+    assert found.same()

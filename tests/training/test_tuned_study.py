@@ -565,6 +565,6 @@ def test_the_plan_in_the_documentation_can_be_read_and_has_as_many_cells_as_it_s
     study = read_study(path)
     assert f"# {planned(study)} cells;" in page
     assert study.tuning_seeds == 2
-    keys = {key for key in re.findall(r"`(\w+)", page)}
+    keys = set(re.findall(r"`(\w+)", page))
     fields = [own.name for kind in (Study, RowSpec, Task) for own in dataclasses.fields(kind)]
     assert [name for name in fields if name not in keys] == []

@@ -11,7 +11,7 @@ from htsr_alloc.allocation.strategies.base import Plan, Strategy
 
 @dataclass(frozen=True)
 class Uniform(Strategy):
-    """As many experts in every layer; if T does not divide, the first layers have one more or less."""
+    """As many experts in every layer; one more or less in the first ones if T does not divide."""
 
     name: ClassVar[str] = "uniform"
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from htsr_alloc.checkpoints.layers import map_layers
+from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.linears import block_of
+from htsr_alloc.lora_moe.names import Names
 from htsr_alloc.training import models
-from htsr_alloc.training.scoring.base import opened
+from htsr_alloc.training.scoring.base import Opened, opened
 from htsr_alloc.training.scoring.registry import SCORES
 
 FORMATS = (".csv", ".json")
@@ -25,7 +28,7 @@ DEFAULTS: Mapping[str, int] = {"r": 8, "limit": 64, "batch_size": 8}
 
 @dataclass(frozen=True)
 class Scored:
-    """A score of each linear, in the model's order."""
+    """A score of each linear, in the order of the metrics' layers."""
 
     method: str
     values: dict[str, float]
@@ -99,4 +102,33 @@ def score(
     if model is not None:
         where: torch.device = models.device_of(device)
         made["model"] = opened(model, where, models.dtype_of(dtype, where))
-    return Scored(method, asked.compute(**made))
+    values = asked.compute(**made)
+    return Scored(method, values if model is None else _as_analysed(values, made["model"]))
+
+
+def _as_analysed(values: Mapping[str, float], opened: Opened) -> dict[str, float]:
+    """The scores by the checkpoint's names and in the order of its layers, as metrics have them.
+
+    transformers may rename blocks as it loads them, and order the stacks of a model in another way.
+    Linears outside these layers have no place in an allocation, and are left out.
+
+    Raises:
+        HtsrError: none of the checkpoint's layers is in the model.
+    """
+    checkpoint = open_checkpoint(opened.folder)
+    layers = map_layers(
+        checkpoint.tensors,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        architecture=checkpoint.architecture,
+    )
+    names, found = Names(opened.model), {}
+    for prefix in layers.prefixes:
+        own = names.module(prefix)
+        blocks = names.ends(prefix) if own is None else [own]
+        if len(blocks) == 1:
+            start = f"{blocks[0]}."
+            inside = {n: value for n, value in values.items() if n.startswith(start)}
+            found |= {f"{prefix}.{n.removeprefix(start)}": value for n, value in inside.items()}
+    if not found:
+        raise HtsrError(f"The layers of {opened.folder} are not those of its model.")
+    return found
