@@ -74,3 +74,21 @@ def test_each_stack_with_its_budget_is_built_and_refused_for_text_rows(here, inv
     done = invoke("analyze", "m", "--stack", "audio")
     assert done.rc == 1
     assert f"{TEXT} (2 layers), {VISION} (3 layers)" in " ".join(done.stderr.split())
+
+
+def test_a_score_goes_to_the_stack_that_it_is_of(here, invoke):
+    """transformers names and orders the stacks in another way than the checkpoint."""
+    assert invoke("analyze", "m", "-o", "m.metrics.json").rc == 0
+    assert invoke("score", "norm", "--model", "m", "-o", "s.csv").rc == 0
+    done = invoke("allocate", "m.metrics.json", "--scores", "s.csv", "--T", "40", "-o", "a.json")
+    assert done.rc == 0, done.stderr
+    weights = {}
+    for name, value in load_file(here / "m" / "model.safetensors").items():
+        if name.endswith(("proj.weight", "fc1.weight", "fc2.weight")) and ".layers." in name:
+            block = ".".join(name.split(".")[: name.split(".").index("layers") + 2])
+            weights.setdefault(block, []).append(value.double().norm().item())
+    rows = json.loads((here / "a.json").read_text())["evidence"]
+    assert len(rows) == len(weights) == 5
+    for row in rows:
+        own = weights[row["prefix"]]
+        assert row["score"] == pytest.approx(sum(own) / len(own), rel=1e-6)
