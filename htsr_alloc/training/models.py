@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.build import open_config, transformers_errors
+from htsr_alloc.lora_moe.state import state_in
 from htsr_alloc.records.text import printable
 from htsr_alloc.spectra.devices import choose_device
 from htsr_alloc.training.bounds import check_patterns
@@ -187,8 +188,13 @@ def cache_name(model: Any) -> str:
 
 
 def takes_kept_logits(model: Any) -> bool:
-    """Whether the model makes logits of those tokens alone that ``logits_to_keep`` names."""
-    return "logits_to_keep" in _arguments(model)
+    """Whether the model makes logits of those tokens alone that ``logits_to_keep`` names.
+
+    EM-LoRA does not: its routers read the prompt, which whole rows of labels tell.
+    """
+    state = state_in(model)
+    by_prompts = state is not None and bool(state.block_routers)
+    return "logits_to_keep" in _arguments(model) and not by_prompts
 
 
 def _arguments(model: Any) -> Mapping[str, inspect.Parameter]:

@@ -406,3 +406,23 @@ def test_a_model_is_for_exports_that_name_modules(saved, model, invoke):
     done = invoke("export", saved, "--to", "csv", "--model", model)
     assert done.rc == 1
     assert "The csv export does not name modules, so that --model means nothing" in done.stderr
+
+
+def test_axolotl_leaves_out_layers_by_number_in_one_stack_only():
+    assert "peft_layers_to_transform: [0, 2]" in to_axolotl(allocation([1, 0, 1]), Lora())
+    counts = allocation([1, 0, 1, 1])
+    rows = [f"model.{side}.layers.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    two = [
+        dataclasses.replace(row, prefix=name)
+        for row, name in zip(counts.evidence, rows, strict=True)
+    ]
+    with pytest.raises(HtsrError, match=r"Layer 2 is model\.decoder\.layers\.0, so that its"):
+        to_axolotl(dataclasses.replace(counts, evidence=tuple(two)), Lora())
+    with pytest.raises(HtsrError, match=r"Layer 0 is block\.0\.layer\.0"):
+        to_axolotl(allocation([1, 0], "block.{}.layer.0"), Lora())
+
+
+def test_a_target_that_no_layer_has_is_refused():
+    lora = Lora(target_modules=("q_proj", "vproj"))
+    with pytest.raises(HtsrError, match="No layer has a linear vproj"):
+        to_peft_rank(allocation([2, 2]), lora, Modules(modules(2)))

@@ -257,6 +257,12 @@ def test_dry_run_reads_no_weights(invoke, tmp_path):
     as_json = json.loads(invoke("build", "a.json", "--model", "m", "--dry-run", "--json").stdout)
     assert [row["experts"] for row in as_json["layers"]] == [3, 1]
     assert invoke("build", "a.json", "--model", "m").rc == 1
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "adapter_config.json").write_text("{}")
+    done = invoke("build", "a.json", "--model", "m", "-o", "trained")
+    assert done.rc == 2
+    assert "trained holds an adapter already" in done.stderr
+    assert (tmp_path / "trained" / "adapter_config.json").read_text() == "{}"
     assert "no config.json" in invoke("build", "a.json", "--model", "nowhere", "--dry-run").stderr
 
 

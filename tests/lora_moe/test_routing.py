@@ -123,3 +123,28 @@ def test_refusals():
         collapse(tiny.adapted("em_lora", em_dora=True), batches())
     with pytest.raises(HtsrError, match="No router was seen"):
         routing_report(tiny.adapted(num_experts=1), batches())
+
+
+@pytest.mark.parametrize(
+    "held", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}]
+)
+def test_an_adapter_that_holds_more_than_experts_is_not_collapsed(held):
+    with pytest.raises(HtsrError, match="also holds trained modules or tokens"):
+        collapse(tiny.adapted(**held), batches())
+
+
+def test_only_the_active_adapter_is_measured():
+    from htsr_alloc.lora_moe import LoraMoeConfig
+
+    model = tiny.adapted(num_experts=1)
+    model.add_adapter("other", LoraMoeConfig(r=2, num_experts=1, lora_dropout=0.0))
+    for run in (routing_report, collapse):
+        with pytest.raises(HtsrError, match="Of the adapters default acts, and not other alone"):
+            run(model, batches(), "other")
+        with model.disable_adapter(), pytest.raises(HtsrError, match="none acts"):
+            run(model, batches())
+    model.set_adapter("other")
+    assert collapse(model, batches(), "other").error < 1e-5
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(HtsrError, match="default and other acts"):
+        collapse(model, batches())

@@ -428,3 +428,13 @@ def test_goat_on_a_quantised_base_is_refused(stored):
     for settings in ({"system": "goat"}, {"system": "goat_plus"}):
         with pytest.raises(HtsrError, match="one is quantised, and GOAT needs"):
             get_peft_model(model, LoraMoeConfig(target_modules=["one"], r=2, **settings))
+
+
+def test_one_config_for_two_bases_holds_neither(tmp_path):
+    config = LoraMoeConfig(r=2, num_experts=2, target_modules=["q_proj"])
+    first = get_peft_model(tiny.llama(0), config)
+    get_peft_model(tiny.llama(1), config)
+    first.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny.llama(0), tmp_path)
+    with pytest.raises(HtsrError, match="is not the one"):
+        PeftModel.from_pretrained(tiny.llama(1), tmp_path)

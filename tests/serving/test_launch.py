@@ -28,6 +28,7 @@ def folders(tmp_path):
             model = tiny.adapted("goat", model=base, target_modules=["q_proj", "up_proj"], **asked)
         else:
             asked = {"rank_pattern": {"layers.0.self_attn.o_proj": 40}}
+            asked |= {"alpha_pattern": {"layers.0.self_attn.o_proj": 80}, "lora_alpha": 6}
             model = get_peft_model(base, LoraConfig(r=3, target_modules=["o_proj"], **asked))
         model.save_pretrained(str(tmp_path / name))
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
@@ -126,3 +127,19 @@ def test_what_cannot_be_served_is_refused(folders, invoke, tmp_path):
     (tmp_path / "mixture").rename(tmp_path / "other" / "plain")
     done = invoke("serve", tmp_path / "plain", tmp_path / "other" / "plain", "--dry-run")
     assert "Two adapters are called plain" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"alpha_pattern": {}}, "has the scale 0.15, and vLLM takes .* 2."),
+        ({"use_rslora": True}, "has the scale 12.65, and vLLM takes .* 3.464"),
+        ({"init_lora_weights": "pissa_niter_4"}, "is pissa_niter_4, of which vLLM does not"),
+    ],
+)
+def test_what_vllm_would_compute_otherwise_is_refused(folders, given, said):
+    config = folders / "plain" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | given))
+    with pytest.raises(HtsrError, match=said) as error:
+        needs_of(folders / "plain")
+    assert "Merge it" in error.value.hint

@@ -80,3 +80,22 @@ def test_the_trainer_asks_a_language_model_for_no_logit_of_a_prompt(tmp_path, mo
     )
     trainer.train()
     assert seen == [5]
+
+
+def test_em_lora_trains_by_the_prompt_alone():
+    """Its routers see the same tokens in training as afterwards."""
+    from htsr_alloc.errors import HtsrError
+    from htsr_alloc.lora_moe.systems.em_lora.prompt import prompt_tokens
+
+    model = tiny.adapted("em_lora")
+    assert not takes_kept_logits(model)
+    assert takes_kept_logits(tiny.adapted("alphalora"))
+    collate = tokens.Collator(0)
+    batch = collate(ROWS)
+    mask, labels = batch["attention_mask"], batch["labels"]
+    assert prompt_tokens(mask, labels, batch["input_ids"]).sum(1).tolist() == [5, 3]
+    kept = recipe.FromFirstLabel(collate)(ROWS)
+    with pytest.raises(HtsrError, match=r"a label for each token, and \(2, 7\) tokens have \(2, 5"):
+        prompt_tokens(mask, kept["labels"], kept["input_ids"])
+    for classes in (torch.tensor([1, 0]), torch.zeros(2, 3)):  # a class a row, or several
+        assert prompt_tokens(mask, classes, batch["input_ids"]).equal(mask.bool())

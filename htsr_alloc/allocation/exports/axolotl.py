@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from htsr_alloc.allocation.exports.modules import Modules, check_named, named_layers
@@ -48,12 +49,26 @@ def to_axolotl(allocation: Allocation, lora: Lora, modules: Modules | None = Non
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
 
 
+def _check_numbers(prefixes: Sequence[str | None]) -> None:
+    """Raise HtsrError unless a layer's number is the only one in its block's name.
+
+    PEFT takes ``layers_to_transform`` for numbers in names, and a second stack has them as well.
+    """
+    for number, prefix in enumerate(prefixes):
+        if prefix is not None and re.findall(r"(?<=\.)\d+(?=\.|$)", prefix) != [str(number)]:
+            raise HtsrError(
+                f"Layer {number} is {prefix}, so that its number does not name it alone.",
+                "Give `model`, by which each linear is named.",
+            )
+
+
 def _by_layers(allocation: Allocation, lora: Lora, present: list[int]) -> dict[str, Any]:
     """One pattern a layer at most; which linears it has is for axolotl to find."""
     config: dict[str, Any] = {"lora_target_linear": True}
     if lora.target_modules:
         config = {"lora_target_modules": list(lora.target_modules)}
     if 0 in allocation.experts:
+        _check_numbers([row.prefix for row in allocation.evidence])
         chosen = [i for i, n in enumerate(allocation.experts) if n]
         config["peft_layers_to_transform"] = chosen
     if len(present) == 1:

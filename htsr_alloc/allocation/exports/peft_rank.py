@@ -52,12 +52,17 @@ def to_peft_rank(allocation: Allocation, lora: Lora, modules: Modules | None = N
         ranks = _listed_ranks(allocation, lora, modules)
     else:
         ranks = _layer_ranks(layers, lora, modules)
+    every = _every(modules) if modules is not None else [m.name for m in allocation.modules]
+    for target in lora.target_modules if every else ():
+        if not any(name == target or name.endswith("." + target) for name in every):
+            raise HtsrError(
+                f"No layer has a linear {target}.", "Its names are those that htsr inspect lists."
+            )
     if not ranks:
         raise HtsrError("No layer has an expert, so that there is nothing to train.")
     named = modules is not None or bool(allocation.modules)
     if named:
-        every = _every(modules) if modules is not None else []
-        _check_patterns(ranks, every or [module.name for module in allocation.modules])
+        _check_patterns(ranks, every)
     targets = [_unescaped(key) for key in ranks]
     inside = [name for name in targets if modules and name in modules.parameters]
     if inside and lora.lora_dropout:

@@ -59,12 +59,19 @@ def prompt_tokens(mask: Tensor | None, labels: Tensor | None, tokens: Tensor) ->
     """(B, S), true on prompt tokens: not padding, and before the first label. tokens: (B, S).
 
     Raises:
-        HtsrError: a row without any.
+        HtsrError: a row without any, or labels of some tokens only.
     """
     prompt = torch.ones_like(tokens, dtype=torch.bool)
     if mask is not None:
         prompt = prompt & mask.bool()
-    if labels is not None and labels.shape == tokens.shape:  # else they are a class for each row
+    by_token = labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+    if labels is not None and by_token:  # else they are a class for each row
+        if labels.shape != tokens.shape:
+            raise HtsrError(
+                f"EM-LoRA tells the prompt by a label for each token, and {tuple(tokens.shape)} "
+                f"tokens have {tuple(labels.shape)} labels.",
+                "Give whole rows of labels, without `logits_to_keep`.",
+            )
         prompt = prompt & ((labels != -100).cumsum(-1) == 0)
     if not bool(prompt.any(-1).all()):
         raise HtsrError(
