@@ -20,7 +20,9 @@ from htsr_alloc.checkpoints.roles import roles_of
 from htsr_alloc.checkpoints.rules import (
     EXPERT_WORD,
     NUMBER,
+    PREDICTION,
     expert_position,
+    has_words,
     is_mixture,
     skip_reason,
 )
@@ -152,7 +154,7 @@ def map_layers(
     for ref in tensors:
         if ref.name.count(".") >= MAX_PARTS:
             raise HtsrError(f"{ref.name[:60]}...: no model's tensor has a name of so many parts.")
-    blocks = _find_blocks(tensors)
+    blocks = _find_blocks([ref for ref in tensors if not has_words(PREDICTION, ref.name)])
     stacks = {stack for stack, _ in blocks.values()}
     limit = num_hidden_layers if len(stacks) == 1 else None
     mixtures = {

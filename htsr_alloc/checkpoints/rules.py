@@ -10,8 +10,11 @@ from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef
 STACKED_2D = r"experts\.mlp\.[wv]\d"
 # 3-d tensors that are one matrix, (d_model, heads, d_head): XLNet's, which are no linears.
 HEADS_APART = r"rel_attn\.[qkvor]"
+# Blocks that predict further tokens, as transformers leaves them out, and as GGUF names them.
+PREDICTION = r"(mtp|mtp_layers|mtp_dspark|nextn)"
 # Tensors that are not a weight matrix of a block, wherever they are.
 SKIPPED_NAMES = (
+    (PREDICTION, "multi-token prediction"),
     (
         r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos|rel_pos_[hw]"
         r"|rel_pos_emb|rel_attn_embed|seg_embed|distance_embedding)",

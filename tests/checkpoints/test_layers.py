@@ -460,6 +460,30 @@ def test_without_a_configuration_the_prediction_layer_is_a_layer():
     assert "eh_proj" in roles(found, 6)
 
 
+@pytest.mark.parametrize(
+    "stack", ["mtp.layers", "model.mtp.layers", "mtp", "model.mtp_layers", "model.layers.2.nextn"]
+)
+def test_prediction_beside_the_model_is_no_stack(stack):
+    """Qwen3-Next and NemotronH, LongCat-Flash, DeepSeek-V4, and what GGUF has no other name for."""
+    inner = LLAMA_ATTENTION | LLAMA_MLP | NORMS
+    beside = under(numbered(stack, 2), inner) | {"mtp.fc.weight": (64, 128)}
+    last = under(["model.layers.3"], inner)  # and the count of the configuration still holds
+    tensors = OUTSIDE | under(numbered("model.layers", 3), inner) | last | beside
+    found = place(tensors, num_hidden_layers=3)
+    assert found.prefixes == tuple(numbered("model.layers", 3))
+    assert len(found.matrices) == 3 * 7
+    assert {reasons(found)[name] for name in beside} == {"multi-token prediction"}
+    assert "beyond the 3 layers" in reasons(found)["model.layers.3.mlp.up_proj.weight"]
+    assert len(place(under(numbered("smtp.layers", 2), inner)).prefixes) == 2  # a whole word only
+
+
+def test_integers_of_a_prediction_are_not_asked_for():
+    tensors = under(numbered("model.layers", 2), LLAMA_MLP)
+    found = place(tensors | {"mtp.layers.0.mlp.up_proj.qweight": ("I32", (8, 96))})
+    assert not found.quantised
+    assert len(found.prefixes) == 2
+
+
 def test_llama4_with_fused_experts():
     top = "language_model.model.layers"
     moe = {
