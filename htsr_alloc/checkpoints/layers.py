@@ -18,12 +18,12 @@ from htsr_alloc.checkpoints.halves import Half, halves_of
 from htsr_alloc.checkpoints.listing import TensorRef, natural
 from htsr_alloc.checkpoints.roles import roles_of
 from htsr_alloc.checkpoints.rules import (
-    EXPERT_WORD,
     NUMBER,
     PREDICTION,
     expert_position,
     has_words,
     is_mixture,
+    of_experts,
     skip_reason,
 )
 from htsr_alloc.errors import HtsrError
@@ -200,7 +200,7 @@ def map_layers(
         layer = first[stack] + block
         position = expert_position(ref.name)
         parts = ref.name.split(".")
-        experts = len(ref.shape) == 3 and EXPERT_WORD.search(ref.name)
+        experts = len(ref.shape) == 3 and of_experts(ref.name)
         if experts and ref.shape[0] > MAX_EXPERTS:
             raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
         if experts:

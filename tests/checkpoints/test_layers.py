@@ -535,6 +535,24 @@ def test_a_gate_without_experts_is_a_weight_like_others():
     assert roles(place(under(numbered("model.layers", 2), inner)), 0) == {"gate", "out"}
 
 
+@pytest.mark.parametrize("top", ["moe_model.layers", "my_expert_model.encoder.layers", "net.moe"])
+def test_a_model_that_is_called_after_experts_has_none(top):
+    inner = {
+        "mlp.gate.weight": (64, 64),
+        "mlp.out.weight": (64, 64),
+        "mixer.conv1d.weight": (64, 1, 4),
+    }
+    found = place(under(numbered(top, 2), inner))
+    assert found.prefixes == tuple(numbered(top, 2))
+    assert roles(found, 0) == {"gate", "out"}
+    assert reasons(found)[f"{top}.1.mixer.conv1d.weight"].startswith("3-d, and not a stack")
+    assert left_alone(f"{top}.0.mlp.out") is None
+    experts = {"moe.experts.up_proj": (4, 64, 64), **inner}
+    mixed = place(under(numbered(top, 2), experts))
+    assert expert_roles(mixed, 1) == {"up_proj"}
+    assert reasons(mixed)[f"{top}.0.mlp.gate.weight"] == "router"
+
+
 # --- adapters, quantised, unknown -----------------------------------------------------------
 
 
