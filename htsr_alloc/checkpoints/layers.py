@@ -148,7 +148,8 @@ def map_layers(
             match some ``include`` (if any) and no ``exclude``.
 
     Raises:
-        HtsrError: more blocks, experts or parts of a name than any model has.
+        HtsrError: more blocks, experts or parts of a name than any model has, or a block's
+            number that begins with 0.
     """
     include, exclude = tuple(include), tuple(exclude)
     for ref in tensors:
@@ -251,6 +252,12 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
         found = next((c for c in candidates if c[0] in stacks), None)
         if found is not None:
             places[name] = found
+    for name, (stack, number) in places.items():
+        if not f"{name}.".startswith(f"{stack}.{number}."):
+            raise HtsrError(
+                f"{name}: the number of its block begins with 0.",
+                "Write the checkpoint with plain numbers (layers.1, not layers.01).",
+            )
     return places
 
 

@@ -54,7 +54,7 @@ STACKS = (
 )
 # Architectures whose stacks take a row of gate and one of up by turns, not one after the other.
 INTERLEAVED = ("GptOss", "gpt_oss")
-NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+NUMBER = re.compile(r"[0-9]{1,9}")
 EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
 

@@ -690,7 +690,22 @@ def test_an_absurd_block_number_is_refused(number):
         map_layers(refs({f"model.layers.{number}.a.weight": (4, 4)}))
 
 
-@pytest.mark.parametrize("number", ["9" * 5000, "\u00b2", "\u0663", "07", "1e3", "-1", "", "0x1"])
+@pytest.mark.parametrize("stack", ["model.layers", "net.stages", "encoder.layers.1.blocks"])
+def test_a_number_that_begins_with_0_is_refused_and_not_passed_by(stack):
+    """Of layers.00 to layers.11 only the last two would be a model."""
+    inner = {"mlp.a.weight": (8, 8), "mlp.b.weight": (8, 8)}
+    for blocks in (
+        [f"{stack}.{i:02}" for i in range(12)],
+        [f"{stack}.0", f"{stack}.1", f"{stack}.01"],
+    ):
+        with pytest.raises(
+            HtsrError, match=r"0\d\.mlp\.a\.weight: the number of its block begins with 0"
+        ):
+            map_layers(refs(under(blocks, inner)))
+    assert place(under(numbered("model.layers", 2), inner) | {"head.01.weight": (8, 8)}).prefixes
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "\u00b2", "\u0663", "1e3", "-1", "", "0x1"])
 def test_what_is_no_block_number_is_skipped_with_a_reason(number):
     name = f"model.layers.{number}.a.weight"
     found = place({name: (4, 4), "model.layers.0.a.weight": (4, 4)})
@@ -724,7 +739,8 @@ def test_every_tensor_of_any_checkpoint_is_accounted_for(tensors, exclude, limit
     try:
         found = map_layers(listed, num_hidden_layers=limit, exclude=exclude)
     except HtsrError as error:
-        assert "no model has that many blocks" in str(error)  # noqa: PT017
+        said = ("no model has that many blocks", "its block begins with 0")
+        assert any(words in str(error) for words in said)  # noqa: PT017
         return
     names = {m.ref.name for m in found.matrices}
     skipped = {name for name, reason in found.skipped if reason}
