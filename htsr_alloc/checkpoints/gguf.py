@@ -20,6 +20,7 @@ from htsr_alloc.checkpoints.reading import Checkpoint, Store, readable
 from htsr_alloc.errors import HtsrError
 
 BLOCK = re.compile(r"^blk\.")
+PREDICTING = re.compile(r"blk\.([0-9]{1,9})\.nextn\.")  # a block of multi-token prediction
 PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 # What stands before a block's number in the hub's files, by the architecture in a GGUF file, as
 # gguf's tensor maps spell it; most have "model.layers".
@@ -150,10 +151,25 @@ def assembled(
                 raise HtsrError(f"Two tensors of {name} have the name {ref.name}.")
             refs[ref.name] = ref
     config: dict[str, Any] = {"architectures": [architecture]} if architecture else {}
-    if blocks:
-        config["num_hidden_layers"] = blocks
+    layers = _layers(metadata, architecture, blocks, parts)
+    if layers:
+        config["num_hidden_layers"] = layers
     listing = Listing(tuple(shard for _, shard, _ in parts), tuple(refs.values()))
     return Checkpoint(readable(name), revision, config, listing, store, paths)
+
+
+def _layers(
+    metadata: Mapping[str, Any], architecture: str, blocks: int, parts: Sequence[Part]
+) -> int:
+    """How many of the blocks are layers; 0 where it is not said.
+
+    The last ones predict further tokens: as many as the file says, and those with such a tensor.
+    """
+    predicting = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    layers = blocks - predicting if type(predicting) is int and 0 <= predicting < blocks else blocks
+    found = (PREDICTING.match(tensor.name) for _, _, tensors in parts for tensor in tensors)
+    ends = [int(block[1]) for block in found if block]
+    return min([layers, *ends] if layers else ends, default=0)
 
 
 def _ref(

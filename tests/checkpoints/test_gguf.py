@@ -118,6 +118,27 @@ def test_a_stack_of_experts_is_read_expert_by_expert(tmp_path):
     assert checkpoint.read(ref).shape == (4, 64, 96)
 
 
+@pytest.mark.parametrize("said", [1, 0, None])
+def test_a_block_that_predicts_further_tokens_is_no_layer(tmp_path, said):
+    tensors = weights(3) | {"blk.2.nextn.eh_proj.weight": np.ones((256, 512), np.float32)}
+    path = write(tmp_path / "m.gguf", tensors, blocks=3, architecture="glm4moe", predicting=said)
+    checkpoint = open_checkpoint(path)
+    found = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+    assert found.prefixes == ("model.layers.0", "model.layers.1")
+    assert {m.layer for m in found.matrices} == {0, 1}
+    why = "beyond the 2 layers of the configuration (multi-token prediction)"
+    for inner in ("eh_proj", "mlp.up_proj", "self_attn.q_proj"):
+        assert dict(found.skipped)[f"model.layers.2.{inner}.weight"] == why
+
+
+@pytest.mark.parametrize(("said", "layers"), [(1, 2), (2, 1), (0, 3), (3, 3), (9, 3)])
+def test_the_file_says_how_many_blocks_predict(tmp_path, said, layers):
+    path = write(tmp_path / "m.gguf", weights(3), blocks=3, architecture="glm4moe", predicting=said)
+    checkpoint = open_checkpoint(path)
+    found = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+    assert checkpoint.num_hidden_layers == len(found.prefixes) == layers
+
+
 # Families as transformers names them: GGUF's architecture, the class, what else its configuration
 # takes. Each is made tiny, its names are put through gguf's own map, and ours must lead back.
 FAMILIES = {
