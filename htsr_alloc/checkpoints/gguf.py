@@ -10,14 +10,22 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from htsr_alloc.checkpoints.gguf_header import GgufTensor, read_header
+from htsr_alloc.checkpoints.gguf_header import (
+    GgufTensor,
+    alignment_of,
+    check_places,
+    read_header,
+)
 from htsr_alloc.checkpoints.listing import Listing, Packed, Shard, TensorRef
 from htsr_alloc.checkpoints.local import LocalFiles, parsed, shard_of
 from htsr_alloc.checkpoints.quantised.base import no_library
 from htsr_alloc.checkpoints.reading import Checkpoint, Store, readable
 from htsr_alloc.errors import HtsrError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 BLOCK = re.compile(r"^blk\.")
 PREDICTING = re.compile(r"blk\.([0-9]{1,9})\.nextn\.")  # a block of multi-token prediction
@@ -144,12 +152,19 @@ def assembled(
     names = hub_names(architecture, blocks)
     stack = STACKS.get(architecture, DEFAULT_STACK)
     refs: dict[str, TensorRef] = {}
-    for number, (_, shard, tensors) in enumerate(parts):
+    for number, (said, shard, tensors) in enumerate(parts):
+        extents: list[tuple[int, int, str]] = []
         for tensor in tensors:
-            ref = _ref(tensor, number, shard, names, stack)
+            kind, end = _sized(tensor, shard)
+            ref = _ref(tensor, kind, number, names, stack)
             if ref.name in refs:
                 raise HtsrError(f"Two tensors of {name} have the name {ref.name}.")
             refs[ref.name] = ref
+            extents.append((tensor.begin, end, tensor.name))
+        try:
+            check_places(extents, shard.nbytes, alignment_of(said))
+        except ValueError as error:
+            raise damaged(shard.name, error) from None
     config: dict[str, Any] = {"architectures": [architecture]} if architecture else {}
     layers = _layers(metadata, architecture, blocks, parts)
     if layers:
@@ -173,19 +188,36 @@ def _layers(
 
 
 def _ref(
-    tensor: GgufTensor, number: int, shard: Shard, names: Mapping[str, str], stack: str
+    tensor: GgufTensor,
+    kind: GGMLQuantizationType,
+    number: int,
+    names: Mapping[str, str],
+    stack: str,
 ) -> TensorRef:
-    """A tensor under its hub name: floats as they are, blocks packed.
-
-    Raises:
-        HtsrError: its type is unknown, or its bytes do not lie within the file.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    """A tensor under its hub name: floats as they are, blocks packed."""
+    from gguf import GGML_QUANT_SIZES
     from gguf.quants import _type_traits
 
     stem, dot, suffix = tensor.name.rpartition(".")
     known = names.get(stem)
     name = f"{known}.{suffix}" if known and dot else BLOCK.sub(f"{stack}.", tensor.name)
+    if kind.name in ("F64", "F32", "F16", "BF16") or kind not in _type_traits:
+        return TensorRef(name, kind.name, tensor.shape, number, tensor.begin)
+    block, size = GGML_QUANT_SIZES[kind]
+    stored = (*tensor.shape[:-1], (tensor.shape[-1] if tensor.shape else 1) // block * size)
+    part = TensorRef(tensor.name, "U8", stored, number, tensor.begin)
+    packed = Packed("gguf", (("blocks", part),), kind.name)
+    return TensorRef(name, kind.name, tensor.shape, number, tensor.begin, packed)
+
+
+def _sized(tensor: GgufTensor, shard: Shard) -> tuple[GGMLQuantizationType, int]:
+    """A tensor's type, and where its bytes end.
+
+    Raises:
+        HtsrError: its type is unknown, or its bytes do not lie within the file.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     try:
         kind = GGMLQuantizationType(tensor.kind)
         block, size = GGML_QUANT_SIZES[kind]
@@ -196,19 +228,14 @@ def _ref(
             "pip install -U gguf",
         ) from None
     columns = tensor.shape[-1] if tensor.shape else 1
-    nbytes = math.prod(tensor.shape) // block * size
-    if columns % block or tensor.begin + nbytes > shard.nbytes:
+    end = tensor.begin + math.prod(tensor.shape) // block * size
+    if columns % block or end > shard.nbytes:
         raise HtsrError(
             f"{shard.name} is not a whole GGUF file: the shape {list(tensor.shape)} of "
             f"{tensor.name} does not fit its type {kind.name} or leaves the file.",
             "Fetch it again.",
         )
-    if kind.name in ("F64", "F32", "F16", "BF16") or kind not in _type_traits:
-        return TensorRef(name, kind.name, tensor.shape, number, tensor.begin)
-    stored = (*tensor.shape[:-1], columns // block * size)
-    part = TensorRef(tensor.name, "U8", stored, number, tensor.begin)
-    packed = Packed("gguf", (("blocks", part),), kind.name)
-    return TensorRef(name, kind.name, tensor.shape, number, tensor.begin, packed)
+    return kind, end
 
 
 def hub_names(architecture: str, blocks: int) -> dict[str, str]:

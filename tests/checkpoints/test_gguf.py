@@ -271,9 +271,19 @@ HOSTILE = {
     "a name twice": (header(2) + 2 * info(), "twice"),
     "a type": (header(1) + info(kind=999), "ggml's type 999"),
     "an odd row": (header(1) + info(dims=(255, 4)), "does not fit its type Q4_K"),
+    "an offset between": (header(1) + info(offset=16) + bytes(2000), "a multiple of 32 bytes"),
+    "a first gap": (header(1) + info(offset=32), "no tensor begins where its data does"),
+    "an overlap": (
+        header(2) + info() + info(b"b", offset=544),
+        "'b' overlap others or leave a gap",
+    ),
+    "the same bytes": (header(2) + info() + info(b"b"), "overlap others"),
+    "a gap": (header(2) + info() + info(b"b", offset=608), "'b' overlap others or leave a gap"),
+    "bytes after the last": (header(1) + info(), "its tensors end at byte 672, the file at 2083"),
+    "bytes of no tensor": (header(), "bytes of no tensor"),
     "bytes beyond the file": (header(1) + info(dims=(256, 1000)), "leaves the file"),
     "a huge shape": (header(1) + info(dims=(2**62, 2**62)), "leaves the file"),
-    "an offset beyond the file": (header(1) + info(offset=2**63), "leaves the file"),
+    "an offset beyond the file": (header(2) + info() + info(b"b", offset=2**63), "leaves the file"),
 }
 
 
@@ -290,9 +300,34 @@ def test_a_hostile_header_is_refused_with_a_sentence(tmp_path, case):
 
 
 def test_a_well_formed_header_by_the_same_hand_is_read(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(header(1) + info() + bytes(2000))
-    (ref,) = open_checkpoint(tmp_path / "m.gguf").tensors
-    assert (ref.dtype, ref.shape) == ("Q4_K", (4, 256))
+    """Two tensors of 4 * 144 bytes, which are a multiple of 32; the file may end at the last."""
+    for rows, end in ((4, 0), (3, 0), (3, 16)):  # 3 * 144 = 432: 16 bytes to the next multiple
+        data = header(2) + info(b"b", offset=576, dims=(256, rows)) + info()
+        data += bytes(-len(data) % 32 + 576 + rows * 144 + end)
+        (tmp_path / "m.gguf").write_bytes(data)
+        found = {
+            ref.name: (ref.dtype, ref.shape) for ref in open_checkpoint(tmp_path / "m.gguf").tensors
+        }
+        assert found["b"] == ("Q4_K", (rows, 256))
+        assert len(found) == 2
+    (tmp_path / "m.gguf").write_bytes(data + b"x")
+    with pytest.raises(HtsrError, match="its tensors end at byte"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("alignment", [16, 256])
+def test_the_alignment_is_the_file_s_own(tmp_path, alignment):
+    said = text(b"general.alignment") + struct.pack("<II", 4, alignment)
+    second = -(-576 // alignment) * alignment
+    for place, whole in ((second, True), (second + alignment, False), (second + 8, False)):
+        data = header(2, keys=1) + said + info() + info(b"b", offset=place)
+        data += bytes(-len(data) % alignment + place + 576)
+        (tmp_path / "m.gguf").write_bytes(data)
+        if whole:
+            assert len(open_checkpoint(tmp_path / "m.gguf").tensors) == 2
+        else:
+            with pytest.raises(HtsrError, match=r"leave a gap|a multiple of"):
+                open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_flipped_and_cut_bytes_end_in_a_sentence_or_in_a_listing(tmp_path):
