@@ -10,16 +10,25 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from htsr_alloc.checkpoints.gguf_header import GgufTensor, read_header
+from htsr_alloc.checkpoints.gguf_header import (
+    GgufTensor,
+    alignment_of,
+    check_places,
+    read_header,
+)
 from htsr_alloc.checkpoints.listing import Listing, Packed, Shard, TensorRef
 from htsr_alloc.checkpoints.local import LocalFiles, parsed, shard_of
 from htsr_alloc.checkpoints.quantised.base import no_library
 from htsr_alloc.checkpoints.reading import Checkpoint, Store, readable
 from htsr_alloc.errors import HtsrError
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
 BLOCK = re.compile(r"^blk\.")
+PREDICTING = re.compile(r"blk\.([0-9]{1,9})\.nextn\.")  # a block of multi-token prediction
 PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 # What stands before a block's number in the hub's files, by the architecture in a GGUF file, as
 # gguf's tensor maps spell it; most have "model.layers".
@@ -143,33 +152,72 @@ def assembled(
     names = hub_names(architecture, blocks)
     stack = STACKS.get(architecture, DEFAULT_STACK)
     refs: dict[str, TensorRef] = {}
-    for number, (_, shard, tensors) in enumerate(parts):
+    for number, (said, shard, tensors) in enumerate(parts):
+        extents: list[tuple[int, int, str]] = []
         for tensor in tensors:
-            ref = _ref(tensor, number, shard, names, stack)
+            kind, end = _sized(tensor, shard)
+            ref = _ref(tensor, kind, number, names, stack)
             if ref.name in refs:
                 raise HtsrError(f"Two tensors of {name} have the name {ref.name}.")
             refs[ref.name] = ref
+            extents.append((tensor.begin, end, tensor.name))
+        try:
+            check_places(extents, shard.nbytes, alignment_of(said))
+        except ValueError as error:
+            raise damaged(shard.name, error) from None
     config: dict[str, Any] = {"architectures": [architecture]} if architecture else {}
-    if blocks:
-        config["num_hidden_layers"] = blocks
+    layers = _layers(metadata, architecture, blocks, parts)
+    if layers:
+        config["num_hidden_layers"] = layers
     listing = Listing(tuple(shard for _, shard, _ in parts), tuple(refs.values()))
     return Checkpoint(readable(name), revision, config, listing, store, paths)
 
 
-def _ref(
-    tensor: GgufTensor, number: int, shard: Shard, names: Mapping[str, str], stack: str
-) -> TensorRef:
-    """A tensor under its hub name: floats as they are, blocks packed.
+def _layers(
+    metadata: Mapping[str, Any], architecture: str, blocks: int, parts: Sequence[Part]
+) -> int:
+    """How many of the blocks are layers; 0 where it is not said.
 
-    Raises:
-        HtsrError: its type is unknown, or its bytes do not lie within the file.
+    The last ones predict further tokens: as many as the file says, and those with such a tensor.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    predicting = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    layers = blocks - predicting if type(predicting) is int and 0 <= predicting < blocks else blocks
+    found = (PREDICTING.match(tensor.name) for _, _, tensors in parts for tensor in tensors)
+    ends = [int(block[1]) for block in found if block]
+    return min([layers, *ends] if layers else ends, default=0)
+
+
+def _ref(
+    tensor: GgufTensor,
+    kind: GGMLQuantizationType,
+    number: int,
+    names: Mapping[str, str],
+    stack: str,
+) -> TensorRef:
+    """A tensor under its hub name: floats as they are, blocks packed."""
+    from gguf import GGML_QUANT_SIZES
     from gguf.quants import _type_traits
 
     stem, dot, suffix = tensor.name.rpartition(".")
     known = names.get(stem)
     name = f"{known}.{suffix}" if known and dot else BLOCK.sub(f"{stack}.", tensor.name)
+    if kind.name in ("F64", "F32", "F16", "BF16") or kind not in _type_traits:
+        return TensorRef(name, kind.name, tensor.shape, number, tensor.begin)
+    block, size = GGML_QUANT_SIZES[kind]
+    stored = (*tensor.shape[:-1], (tensor.shape[-1] if tensor.shape else 1) // block * size)
+    part = TensorRef(tensor.name, "U8", stored, number, tensor.begin)
+    packed = Packed("gguf", (("blocks", part),), kind.name)
+    return TensorRef(name, kind.name, tensor.shape, number, tensor.begin, packed)
+
+
+def _sized(tensor: GgufTensor, shard: Shard) -> tuple[GGMLQuantizationType, int]:
+    """A tensor's type, and where its bytes end.
+
+    Raises:
+        HtsrError: its type is unknown, or its bytes do not lie within the file.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     try:
         kind = GGMLQuantizationType(tensor.kind)
         block, size = GGML_QUANT_SIZES[kind]
@@ -180,19 +228,14 @@ def _ref(
             "pip install -U gguf",
         ) from None
     columns = tensor.shape[-1] if tensor.shape else 1
-    nbytes = math.prod(tensor.shape) // block * size
-    if columns % block or tensor.begin + nbytes > shard.nbytes:
+    end = tensor.begin + math.prod(tensor.shape) // block * size
+    if columns % block or end > shard.nbytes:
         raise HtsrError(
             f"{shard.name} is not a whole GGUF file: the shape {list(tensor.shape)} of "
             f"{tensor.name} does not fit its type {kind.name} or leaves the file.",
             "Fetch it again.",
         )
-    if kind.name in ("F64", "F32", "F16", "BF16") or kind not in _type_traits:
-        return TensorRef(name, kind.name, tensor.shape, number, tensor.begin)
-    stored = (*tensor.shape[:-1], columns // block * size)
-    part = TensorRef(tensor.name, "U8", stored, number, tensor.begin)
-    packed = Packed("gguf", (("blocks", part),), kind.name)
-    return TensorRef(name, kind.name, tensor.shape, number, tensor.begin, packed)
+    return kind, end
 
 
 def hub_names(architecture: str, blocks: int) -> dict[str, str]:

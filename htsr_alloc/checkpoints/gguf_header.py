@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,14 +88,50 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict, lis
             raise ValueError(f"duplicate key {key!r}")
         metadata[key] = _value(at, at.number("I"))
     infos = [_info(at) for _ in range(tensors)]
-    alignment = metadata.get("general.alignment", 32)
+    alignment = alignment_of(metadata)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20:
         raise ValueError(f"its alignment is {alignment!r}")
-    start = -(-at.place // alignment) * alignment
+    start = padded(at.place, alignment)
+    for name, _, _, offset in infos:
+        if offset % alignment:
+            raise ValueError(f"{name[:60]!r} does not begin at a multiple of {alignment} bytes")
+    if min((info[3] for info in infos), default=0):
+        raise ValueError("no tensor begins where its data does")
+    if not infos and size > start:
+        raise ValueError("it holds bytes of no tensor")
     placed = [GgufTensor(*info[:3], begin=start + info[3]) for info in infos]
     if len({tensor.name for tensor in placed}) != len(placed):
         raise ValueError("a tensor's name stands in it twice")
     return metadata, placed, at.digest.hexdigest()
+
+
+def alignment_of(metadata: dict[str, Any]) -> Any:
+    """What each tensor's place is a multiple of, as a file's metadata say."""
+    return metadata.get("general.alignment", 32)
+
+
+def padded(place: int, alignment: int) -> int:
+    """The first multiple of ``alignment`` that is not before ``place``."""
+    return -(-place // alignment) * alignment
+
+
+def check_places(extents: Iterable[tuple[int, int, str]], size: int, alignment: int) -> None:
+    """Check that tensors lie one after the other, each padded to ``alignment``, up to the end.
+
+    Args:
+        extents: (begin, end, name) of each, begin a multiple of ``alignment``.
+        size: of the whole file, in bytes.
+
+    Raises:
+        ValueError: they overlap, leave a gap, or do not end where the file does.
+    """
+    last = None
+    for begin, end, name in sorted(extents):
+        if last is not None and begin != padded(last, alignment):
+            raise ValueError(f"the bytes of {name[:60]!r} overlap others or leave a gap")
+        last = end
+    if last is not None and not last <= size <= padded(last, alignment):
+        raise ValueError(f"its tensors end at byte {last}, the file at {size}")
 
 
 def _value(at: Cursor, kind: int) -> Any:

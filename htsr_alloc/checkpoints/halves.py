@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from htsr_alloc.checkpoints.listing import TensorRef
-from htsr_alloc.checkpoints.rules import EXPERT_WORD, INTERLEAVED, STACKS, inputs_first
+from htsr_alloc.checkpoints.rules import INTERLEAVED, STACKS, inputs_first, of_experts
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def halves_of(
     for name, shape in shapes.items():
         for first, second in STACKS:
             down = shapes.get(name.removesuffix(first) + second)
-            if not name.endswith(f".{first}") or down is None or not EXPERT_WORD.search(name):
+            if not name.endswith(f".{first}") or down is None or not of_experts(name):
                 continue
             how = inputs_first(shape, down)
             if how is not None and (name not in biased or architecture is not None):

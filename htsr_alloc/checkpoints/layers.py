@@ -18,10 +18,12 @@ from htsr_alloc.checkpoints.halves import Half, halves_of
 from htsr_alloc.checkpoints.listing import TensorRef, natural
 from htsr_alloc.checkpoints.roles import roles_of
 from htsr_alloc.checkpoints.rules import (
-    EXPERT_WORD,
     NUMBER,
+    PREDICTION,
     expert_position,
+    has_words,
     is_mixture,
+    of_experts,
     skip_reason,
 )
 from htsr_alloc.errors import HtsrError
@@ -146,13 +148,14 @@ def map_layers(
             match some ``include`` (if any) and no ``exclude``.
 
     Raises:
-        HtsrError: more blocks, experts or parts of a name than any model has.
+        HtsrError: more blocks, experts or parts of a name than any model has, or a block's
+            number that begins with 0.
     """
     include, exclude = tuple(include), tuple(exclude)
     for ref in tensors:
         if ref.name.count(".") >= MAX_PARTS:
             raise HtsrError(f"{ref.name[:60]}...: no model's tensor has a name of so many parts.")
-    blocks = _find_blocks(tensors)
+    blocks = _find_blocks([ref for ref in tensors if not has_words(PREDICTION, ref.name)])
     stacks = {stack for stack, _ in blocks.values()}
     limit = num_hidden_layers if len(stacks) == 1 else None
     mixtures = {
@@ -198,7 +201,7 @@ def map_layers(
         layer = first[stack] + block
         position = expert_position(ref.name)
         parts = ref.name.split(".")
-        experts = len(ref.shape) == 3 and EXPERT_WORD.search(ref.name)
+        experts = len(ref.shape) == 3 and of_experts(ref.name)
         if experts and ref.shape[0] > MAX_EXPERTS:
             raise HtsrError(f"{ref.name}: no model has {ref.shape[0]} experts.")
         if experts:
@@ -249,6 +252,12 @@ def _find_blocks(tensors: Sequence[TensorRef]) -> dict[str, tuple[str, int]]:
         found = next((c for c in candidates if c[0] in stacks), None)
         if found is not None:
             places[name] = found
+    for name, (stack, number) in places.items():
+        if not f"{name}.".startswith(f"{stack}.{number}."):
+            raise HtsrError(
+                f"{name}: the number of its block begins with 0.",
+                "Write the checkpoint with plain numbers (layers.1, not layers.01).",
+            )
     return places
 
 

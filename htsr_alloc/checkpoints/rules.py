@@ -10,8 +10,11 @@ from htsr_alloc.checkpoints.listing import SCALE_SUFFIXES, TensorRef
 STACKED_2D = r"experts\.mlp\.[wv]\d"
 # 3-d tensors that are one matrix, (d_model, heads, d_head): XLNet's, which are no linears.
 HEADS_APART = r"rel_attn\.[qkvor]"
+# Blocks that predict further tokens, as transformers leaves them out, and as GGUF names them.
+PREDICTION = r"(mtp|mtp_layers|mtp_dspark|nextn)"
 # Tensors that are not a weight matrix of a block, wherever they are.
 SKIPPED_NAMES = (
+    (PREDICTION, "multi-token prediction"),
     (
         r"(embed|embeddings?|wte|wpe|position_ids|relative_attention_bias|rel_pos|rel_pos_[hw]"
         r"|rel_pos_emb|rel_attn_embed|seg_embed|distance_embedding)",
@@ -41,6 +44,7 @@ EXPERT = "one of the base's own experts"
 # The last words of an expert's up matrix -> of its gate, which transformers joins with it.
 GATE_OF = {"up_proj": "gate_proj", "w3": "w1"}
 EXPERT_WORD = re.compile(r"expert|moe|\b(in|out)put_linear\b", re.IGNORECASE)  # the last: JetMoE
+BLOCK = re.compile(r".*?\.[0-9]+(\.|$)")  # up to the first number, as in block_of of lora_moe
 # Stacks of experts that may join gate and up, and the down beside each (GGUF, Granite, Aria).
 STACKS = (
     ("gate_up_proj", "down_proj"),
@@ -50,7 +54,7 @@ STACKS = (
 )
 # Architectures whose stacks take a row of gate and one of up by turns, not one after the other.
 INTERLEAVED = ("GptOss", "gpt_oss")
-NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+NUMBER = re.compile(r"[0-9]{1,9}")
 EXPERT_NUMBER = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,8})")  # Switch, NLLB: experts.expert_3
 
 
@@ -80,7 +84,7 @@ def skip_reason(ref: TensorRef, place: tuple[str, int] | None, mixture: bool) ->
         return None
     if dims == 3 and has_words(HEADS_APART, base):
         return None
-    if dims == 3 and not EXPERT_WORD.search(name):
+    if dims == 3 and not of_experts(name):
         return "3-d, and not a stack of experts (convolution?)"
     if dims == 3 and 0 in ref.shape:
         return "empty"
@@ -109,7 +113,18 @@ def left_alone(module: str) -> str | None:
 def is_mixture(name: str, dims: int) -> bool:
     """Whether a tensor of this full name and number of dimensions belongs to experts."""
     stacked = dims == 3 or is_numbered_expert(name) or has_words(STACKED_2D, name)
-    return EXPERT_WORD.search(name) is not None and stacked
+    return of_experts(name) and stacked
+
+
+def of_experts(name: str) -> bool:
+    """Whether a full name speaks of experts inside its block: a model's own name may too."""
+    return EXPERT_WORD.search(name, _inside(name)) is not None
+
+
+def _inside(name: str) -> int:
+    """Where in a full name stands what is inside the block; 0 where no block is named."""
+    block = BLOCK.match(name)
+    return block.end() if block else 0
 
 
 def inputs_first(gate_up: Sequence[int], down: Sequence[int]) -> bool | None:
@@ -143,7 +158,7 @@ def has_words(pattern: str, base: str) -> bool:
 def expert_position(name: str) -> int | None:
     """Where in the dotted name the expert's number stands: right after a word like experts."""
     parts = name.split(".")
-    for i in range(1, len(parts)):
+    for i in range(name.count(".", 0, _inside(name)) + 1, len(parts)):
         if EXPERT_NUMBER.fullmatch(parts[i]) and EXPERT_WORD.search(parts[i - 1]):
             return i
     return None

@@ -118,6 +118,27 @@ def test_a_stack_of_experts_is_read_expert_by_expert(tmp_path):
     assert checkpoint.read(ref).shape == (4, 64, 96)
 
 
+@pytest.mark.parametrize("said", [1, 0, None])
+def test_a_block_that_predicts_further_tokens_is_no_layer(tmp_path, said):
+    tensors = weights(3) | {"blk.2.nextn.eh_proj.weight": np.ones((256, 512), np.float32)}
+    path = write(tmp_path / "m.gguf", tensors, blocks=3, architecture="glm4moe", predicting=said)
+    checkpoint = open_checkpoint(path)
+    found = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+    assert found.prefixes == ("model.layers.0", "model.layers.1")
+    assert {m.layer for m in found.matrices} == {0, 1}
+    why = "beyond the 2 layers of the configuration (multi-token prediction)"
+    for inner in ("eh_proj", "mlp.up_proj", "self_attn.q_proj"):
+        assert dict(found.skipped)[f"model.layers.2.{inner}.weight"] == why
+
+
+@pytest.mark.parametrize(("said", "layers"), [(1, 2), (2, 1), (0, 3), (3, 3), (9, 3)])
+def test_the_file_says_how_many_blocks_predict(tmp_path, said, layers):
+    path = write(tmp_path / "m.gguf", weights(3), blocks=3, architecture="glm4moe", predicting=said)
+    checkpoint = open_checkpoint(path)
+    found = map_layers(checkpoint.tensors, num_hidden_layers=checkpoint.num_hidden_layers)
+    assert checkpoint.num_hidden_layers == len(found.prefixes) == layers
+
+
 # Families as transformers names them: GGUF's architecture, the class, what else its configuration
 # takes. Each is made tiny, its names are put through gguf's own map, and ours must lead back.
 FAMILIES = {
@@ -250,9 +271,19 @@ HOSTILE = {
     "a name twice": (header(2) + 2 * info(), "twice"),
     "a type": (header(1) + info(kind=999), "ggml's type 999"),
     "an odd row": (header(1) + info(dims=(255, 4)), "does not fit its type Q4_K"),
+    "an offset between": (header(1) + info(offset=16) + bytes(2000), "a multiple of 32 bytes"),
+    "a first gap": (header(1) + info(offset=32), "no tensor begins where its data does"),
+    "an overlap": (
+        header(2) + info() + info(b"b", offset=544),
+        "'b' overlap others or leave a gap",
+    ),
+    "the same bytes": (header(2) + info() + info(b"b"), "overlap others"),
+    "a gap": (header(2) + info() + info(b"b", offset=608), "'b' overlap others or leave a gap"),
+    "bytes after the last": (header(1) + info(), "its tensors end at byte 672, the file at 2083"),
+    "bytes of no tensor": (header(), "bytes of no tensor"),
     "bytes beyond the file": (header(1) + info(dims=(256, 1000)), "leaves the file"),
     "a huge shape": (header(1) + info(dims=(2**62, 2**62)), "leaves the file"),
-    "an offset beyond the file": (header(1) + info(offset=2**63), "leaves the file"),
+    "an offset beyond the file": (header(2) + info() + info(b"b", offset=2**63), "leaves the file"),
 }
 
 
@@ -269,9 +300,34 @@ def test_a_hostile_header_is_refused_with_a_sentence(tmp_path, case):
 
 
 def test_a_well_formed_header_by_the_same_hand_is_read(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(header(1) + info() + bytes(2000))
-    (ref,) = open_checkpoint(tmp_path / "m.gguf").tensors
-    assert (ref.dtype, ref.shape) == ("Q4_K", (4, 256))
+    """Two tensors of 4 * 144 bytes, which are a multiple of 32; the file may end at the last."""
+    for rows, end in ((4, 0), (3, 0), (3, 16)):  # 3 * 144 = 432: 16 bytes to the next multiple
+        data = header(2) + info(b"b", offset=576, dims=(256, rows)) + info()
+        data += bytes(-len(data) % 32 + 576 + rows * 144 + end)
+        (tmp_path / "m.gguf").write_bytes(data)
+        found = {
+            ref.name: (ref.dtype, ref.shape) for ref in open_checkpoint(tmp_path / "m.gguf").tensors
+        }
+        assert found["b"] == ("Q4_K", (rows, 256))
+        assert len(found) == 2
+    (tmp_path / "m.gguf").write_bytes(data + b"x")
+    with pytest.raises(HtsrError, match="its tensors end at byte"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("alignment", [16, 256])
+def test_the_alignment_is_the_file_s_own(tmp_path, alignment):
+    said = text(b"general.alignment") + struct.pack("<II", 4, alignment)
+    second = -(-576 // alignment) * alignment
+    for place, whole in ((second, True), (second + alignment, False), (second + 8, False)):
+        data = header(2, keys=1) + said + info() + info(b"b", offset=place)
+        data += bytes(-len(data) % alignment + place + 576)
+        (tmp_path / "m.gguf").write_bytes(data)
+        if whole:
+            assert len(open_checkpoint(tmp_path / "m.gguf").tensors) == 2
+        else:
+            with pytest.raises(HtsrError, match=r"leave a gap|a multiple of"):
+                open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_flipped_and_cut_bytes_end_in_a_sentence_or_in_a_listing(tmp_path):

@@ -460,6 +460,30 @@ def test_without_a_configuration_the_prediction_layer_is_a_layer():
     assert "eh_proj" in roles(found, 6)
 
 
+@pytest.mark.parametrize(
+    "stack", ["mtp.layers", "model.mtp.layers", "mtp", "model.mtp_layers", "model.layers.2.nextn"]
+)
+def test_prediction_beside_the_model_is_no_stack(stack):
+    """Qwen3-Next and NemotronH, LongCat-Flash, DeepSeek-V4, and what GGUF has no other name for."""
+    inner = LLAMA_ATTENTION | LLAMA_MLP | NORMS
+    beside = under(numbered(stack, 2), inner) | {"mtp.fc.weight": (64, 128)}
+    last = under(["model.layers.3"], inner)  # and the count of the configuration still holds
+    tensors = OUTSIDE | under(numbered("model.layers", 3), inner) | last | beside
+    found = place(tensors, num_hidden_layers=3)
+    assert found.prefixes == tuple(numbered("model.layers", 3))
+    assert len(found.matrices) == 3 * 7
+    assert {reasons(found)[name] for name in beside} == {"multi-token prediction"}
+    assert "beyond the 3 layers" in reasons(found)["model.layers.3.mlp.up_proj.weight"]
+    assert len(place(under(numbered("smtp.layers", 2), inner)).prefixes) == 2  # a whole word only
+
+
+def test_integers_of_a_prediction_are_not_asked_for():
+    tensors = under(numbered("model.layers", 2), LLAMA_MLP)
+    found = place(tensors | {"mtp.layers.0.mlp.up_proj.qweight": ("I32", (8, 96))})
+    assert not found.quantised
+    assert len(found.prefixes) == 2
+
+
 def test_llama4_with_fused_experts():
     top = "language_model.model.layers"
     moe = {
@@ -509,6 +533,24 @@ def test_gpt_oss_in_bf16():
 def test_a_gate_without_experts_is_a_weight_like_others():
     inner = {"mlp.gate.weight": (64, 64), "mlp.out.weight": (64, 64)}
     assert roles(place(under(numbered("model.layers", 2), inner)), 0) == {"gate", "out"}
+
+
+@pytest.mark.parametrize("top", ["moe_model.layers", "my_expert_model.encoder.layers", "net.moe"])
+def test_a_model_that_is_called_after_experts_has_none(top):
+    inner = {
+        "mlp.gate.weight": (64, 64),
+        "mlp.out.weight": (64, 64),
+        "mixer.conv1d.weight": (64, 1, 4),
+    }
+    found = place(under(numbered(top, 2), inner))
+    assert found.prefixes == tuple(numbered(top, 2))
+    assert roles(found, 0) == {"gate", "out"}
+    assert reasons(found)[f"{top}.1.mixer.conv1d.weight"].startswith("3-d, and not a stack")
+    assert left_alone(f"{top}.0.mlp.out") is None
+    experts = {"moe.experts.up_proj": (4, 64, 64), **inner}
+    mixed = place(under(numbered(top, 2), experts))
+    assert expert_roles(mixed, 1) == {"up_proj"}
+    assert reasons(mixed)[f"{top}.0.mlp.gate.weight"] == "router"
 
 
 # --- adapters, quantised, unknown -----------------------------------------------------------
@@ -648,7 +690,22 @@ def test_an_absurd_block_number_is_refused(number):
         map_layers(refs({f"model.layers.{number}.a.weight": (4, 4)}))
 
 
-@pytest.mark.parametrize("number", ["9" * 5000, "\u00b2", "\u0663", "07", "1e3", "-1", "", "0x1"])
+@pytest.mark.parametrize("stack", ["model.layers", "net.stages", "encoder.layers.1.blocks"])
+def test_a_number_that_begins_with_0_is_refused_and_not_passed_by(stack):
+    """Of layers.00 to layers.11 only the last two would be a model."""
+    inner = {"mlp.a.weight": (8, 8), "mlp.b.weight": (8, 8)}
+    for blocks in (
+        [f"{stack}.{i:02}" for i in range(12)],
+        [f"{stack}.0", f"{stack}.1", f"{stack}.01"],
+    ):
+        with pytest.raises(
+            HtsrError, match=r"0\d\.mlp\.a\.weight: the number of its block begins with 0"
+        ):
+            map_layers(refs(under(blocks, inner)))
+    assert place(under(numbered("model.layers", 2), inner) | {"head.01.weight": (8, 8)}).prefixes
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "\u00b2", "\u0663", "1e3", "-1", "", "0x1"])
 def test_what_is_no_block_number_is_skipped_with_a_reason(number):
     name = f"model.layers.{number}.a.weight"
     found = place({name: (4, 4), "model.layers.0.a.weight": (4, 4)})
@@ -682,7 +739,8 @@ def test_every_tensor_of_any_checkpoint_is_accounted_for(tensors, exclude, limit
     try:
         found = map_layers(listed, num_hidden_layers=limit, exclude=exclude)
     except HtsrError as error:
-        assert "no model has that many blocks" in str(error)  # noqa: PT017
+        said = ("no model has that many blocks", "its block begins with 0")
+        assert any(words in str(error) for words in said)  # noqa: PT017
         return
     names = {m.ref.name for m in found.matrices}
     skipped = {name for name, reason in found.skipped if reason}

@@ -70,6 +70,49 @@ def test_the_two_versions_of_gptq_differ_by_one_step(tmp_path):
     assert not torch.equal(other, weight)
 
 
+@pytest.mark.parametrize("size", [128, 512, -1])
+def test_the_last_group_of_gptq_may_be_smaller(tmp_path, size):
+    """576 inputs in groups of 128: four of them and one of 64, and not five of 116."""
+    parts, weight = gptq(576, 32, 576 if size < 0 else size, 4)
+    config = {"bits": 4, "group_size": size, "quant_method": "gptq"}
+    assert torch.equal(one(tmp_path / "a", parts, config), weight)  # g_idx tells
+    del parts["g_idx"]
+    assert torch.equal(one(tmp_path / "b", parts, config), weight)
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ({"packing_format": "auto_round"}, 2),
+        ({"packing_format": "auto_round:gptqmodel", "backend": "auto"}, 2),
+        ({"packing_format": "auto_round:auto_gptq"}, 1),
+        ({"packing_format": "auto_round:gptq"}, 1),
+        ({"backend": "auto"}, 1),
+    ],
+)
+def test_autoround_says_how_it_stores_zero_points(tmp_path, said, version):
+    parts, weight = gptq(96, 64, 32, 4, version=version)
+    del parts["g_idx"]
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, **said}
+    assert torch.equal(one(tmp_path, parts, config), weight)
+
+
+def test_autoround_may_pack_as_awq_does(tmp_path):
+    parts, weight = awq(96, 64, 32)
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4}
+    assert torch.equal(one(tmp_path, parts, config), weight)
+
+
+def test_autoround_has_bits_and_groups_of_single_modules(tmp_path):
+    parts, weight = gptq(96, 64, 48, 8, version=2)
+    del parts["g_idx"]
+    own = {MODULE.format(0): {"bits": 8, "group_size": 48}}
+    config = {"quant_method": "auto-round", "packing_format": "auto_round", "bits": 4}
+    assert torch.equal(
+        one(tmp_path, parts, {**config, "group_size": 32, "extra_config": own}), weight
+    )
+
+
 def test_awq_is_what_autoawq_packs(tmp_path):
     parts, weight = awq(96, 64, 32)
     assert torch.equal(one(tmp_path, parts, {"quant_method": "awq"}), weight)

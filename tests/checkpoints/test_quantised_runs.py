@@ -164,7 +164,13 @@ def state(text):
 
 
 WHOLE = '{"blocksize": 64, "shape": [64, 64]}'
+NO_INDEX = {name: value for name, value in gptq(576, 32, 128, 4)[0].items() if name != "g_idx"}
+UNEVEN = awq(72, 64, 12)[0]
 MISFITS = {
+    "gptq, groups that do not divide": NO_INDEX,
+    "awq, groups that do not divide": changed(
+        UNEVEN, qzeros=UNEVEN["qzeros"][:5], scales=UNEVEN["scales"][:5]
+    ),
     "gptq, zeros": changed(GPTQ, qzeros=GPTQ["qzeros"][:1]),
     "gptq, a group that is not there": changed(GPTQ, g_idx=GPTQ["g_idx"] + 1),
     "gptq, a negative group": changed(GPTQ, g_idx=GPTQ["g_idx"] - 1),
@@ -194,6 +200,41 @@ def test_parts_that_do_not_fit_are_refused_with_a_sentence(tmp_path, case):
     with pytest.raises(HtsrError) as told:
         analyze(folder)
     assert told.value.message.startswith(f"The parts of {NAME.format(0)} do not fit")
+
+
+@pytest.mark.parametrize("size", [64, 96, 288, -1])
+def test_groups_of_another_size_than_the_configuration_s_are_refused(tmp_path, size):
+    config = {"quant_method": "gptq", "bits": 4, "group_size": size}
+    folder = saved(tmp_path / "m", under(MODULE.format(0), NO_INDEX), config)
+    with pytest.raises(HtsrError, match=f"576 inputs, 5 groups of {576 if size < 0 else size}"):
+        analyze(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"quant_method": "auto-round", "packing_format": "auto_round:new"}, "packing_format is"),
+        ({"quant_method": "auto-round", "packing_format": ["auto_round"]}, "packing_format is"),
+        ({"quant_method": "auto-round", "backend": "auto_round:exllamav2"}, "backend is 'auto_r"),
+        ({"quant_method": "new"}, "quant_method is 'new'"),
+        ({"quant_method": {"a": 1}}, "quant_method is"),
+    ],
+)
+@pytest.mark.parametrize("parts", [GPTQ, AWQ], ids=["gptq", "awq"])
+def test_another_way_to_pack_is_refused(tmp_path, parts, said, told):
+    folder = saved(tmp_path / "m", under(MODULE.format(0), parts), {"bits": 4, **said})
+    with pytest.raises(HtsrError, match=f"packed is not known: the configuration's {told}"):
+        open_checkpoint(folder).tensors  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("parts", "packing"), [(GPTQ, "auto_round:auto_awq"), (AWQ, "auto_round:auto_gptq")]
+)
+def test_weights_of_another_layout_than_the_configuration_s_are_not_read(tmp_path, parts, packing):
+    config = {"quant_method": "auto-round", "packing_format": packing, "bits": 4}
+    folder = saved(tmp_path / "m", under(MODULE.format(0), parts), config)
+    with pytest.raises(HtsrError, match="quantised in a format that is not read"):
+        plan(open_checkpoint(folder), Settings("median"))
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,26 @@ def weights(blocks: int = 2) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(s).astype(np.float32) / 16 for name, s in shapes.items()}
 
 
-def write(path: Path, tensors, *, blocks: int = 2, architecture: str = "llama", **kinds) -> Path:
+def write(
+    path: Path,
+    tensors,
+    *,
+    blocks: int = 2,
+    architecture: str = "llama",
+    predicting: int | None = None,
+    **kinds,
+) -> Path:
     """A GGUF file.
 
     Args:
         tensors: name -> floats, or (raw bytes of the rows, type).
+        predicting: how many of the blocks predict further tokens.
         kinds: ``default``: the type that matrices are quantised to.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(blocks)
+    if predicting is not None:
+        writer.add_nextn_predict_layers(predicting)
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "", "héllo"] * 50)
     writer.add_array("tokenizer.ggml.scores", [0.5] * 150)
     kind = kinds.get("default", gguf.GGMLQuantizationType.F32)

@@ -25,7 +25,7 @@ def bits_of(values, bits, axis):
 def gptq(inputs, outputs, group, bits, *, version=1, order=False, seed=0):
     """A layer by AutoGPTQ's rule, and the (outputs, inputs) matrix that it stands for."""
     made = torch.Generator().manual_seed(seed)
-    groups = inputs // group
+    groups = -(-inputs // group)
     q = torch.randint(0, 2**bits, (inputs, outputs), generator=made)
     zeros = torch.randint(0, 2**bits, (groups, outputs), generator=made)
     scales = (torch.rand(groups, outputs, generator=made) + 0.5).half()

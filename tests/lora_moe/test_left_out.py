@@ -17,7 +17,7 @@ from htsr_alloc.checkpoints.rules import is_router
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe import build
 from htsr_alloc.lora_moe.build import describe
-from htsr_alloc.lora_moe.linears import left_alone_in, widths
+from htsr_alloc.lora_moe.linears import left_alone_in, left_out, widths
 from htsr_alloc.lora_moe.model import layers_of
 from htsr_alloc.lora_moe.resolve import resolve_layers
 from htsr_alloc.records import Evidence, Module
@@ -188,3 +188,13 @@ def test_what_is_left_alone_is_listed():
         ("model.layers.*.mlp.shared_expert_gate", 2, "router"),
     }
     assert {row.count for row in left_alone_in(base, prefixes[:1])} == {1}
+
+
+def test_linears_that_predict_further_tokens_are_left_alone():
+    def stack():
+        return torch.nn.ModuleList([torch.nn.ModuleDict({"up_proj": torch.nn.Linear(4, 4)})])
+
+    stacks = {"layers": stack(), "mtp": stack()}
+    found = left_out(torch.nn.ModuleDict({"model": torch.nn.ModuleDict(stacks)}))
+    assert found["model.mtp.0.up_proj"] == "multi-token prediction"
+    assert "model.layers.0.up_proj" not in found
