@@ -26,7 +26,7 @@ from htsr_alloc.training.recipe import (
     processes,
     total_steps,
 )
-from htsr_alloc.training.tasks import heads_of, readers_of
+from htsr_alloc.training.tasks import readers_of
 
 PICTURE = "training.png"
 
@@ -103,7 +103,8 @@ def train(
         resume: go on at the last checkpoint.
 
     Raises:
-        HtsrError: bad rows, an allocation that does not fit, a folder that holds another run.
+        HtsrError: bad rows, rows longer than the model's positions, an allocation that does not
+            fit, a folder that holds another run.
     """
     started = time.time()
     checkpoint = _earlier(run, resume, note)
@@ -121,7 +122,7 @@ def train(
         model,
         allocation,
         task_type=task.task_type,
-        heads=heads_of(model) if task.labels else (),
+        heads=task.heads,
         steps=total_steps(len(encoded["data"]), run.recipe, processes()),
     )
     task.refuse_unread(model)
