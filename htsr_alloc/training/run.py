@@ -20,6 +20,7 @@ from htsr_alloc.training import figure, models, saves
 from htsr_alloc.training.handing import whole_files
 from htsr_alloc.training.identity import RUN, content_of, weights_of
 from htsr_alloc.training.methods import Adapter
+from htsr_alloc.training.positions import refuse_longer
 from htsr_alloc.training.recipe import (
     Recipe,
     make_trainer,
@@ -126,6 +127,7 @@ def train(
         steps=total_steps(len(encoded["data"]), run.recipe, processes()),
     )
     task.refuse_unread(model)
+    refuse_longer(model, [*encoded["data"], *encoded["validation"]])
     run.adapter.start(model.to(device), encoded["data"], task.collate, run.recipe.batch_size)
     trainer = make_trainer(
         model,

@@ -19,6 +19,7 @@ from htsr_alloc.training import evaluate, labelled, models, rows, tokens
 from htsr_alloc.training.evaluate import Progress, Score, score_of
 from htsr_alloc.training.heads import heads_of, outermost, saved_in, under
 from htsr_alloc.training.labelled import Labelled
+from htsr_alloc.training.positions import refuse_longer
 
 LAYER = re.compile(r"\.\d+\.|^[^.]+$")  # a name in a layer, or of a parameter in no module
 
@@ -167,6 +168,7 @@ class Classification(Task):
         if max_new_tokens is not None:
             raise HtsrError("A classification generates no tokens.", "Remove `max_new_tokens`.")
         examples, hits, losses = self.encode(given), "", []
+        refuse_longer(model, examples)
         weights = next(model.parameters())
         kind = weights.device.type
         half = torch.autocast(kind, torch.bfloat16, weights.dtype == torch.bfloat16)
