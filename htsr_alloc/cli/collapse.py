@@ -43,6 +43,7 @@ def collapse(
     from htsr_alloc.lora_moe.collapse import collapse as collapsed
     from htsr_alloc.training import tokens
     from htsr_alloc.training.handing import whole_files
+    from htsr_alloc.training.positions import refuse_longer
     from htsr_alloc.training.rows import read_rows, share_of
 
     if (output / "adapter_config.json").exists():
@@ -51,6 +52,7 @@ def collapse(
     found = opened(adapter, model, hub, dtype, device)
     rows = tokens.as_chat(rows) if chat else rows
     encoded = [tokens.encode(row, found.tokenizer, max_length) for row in rows]
+    refuse_longer(found.model, encoded)
     collate = tokens.Collator(tokens.pad_id(found.tokenizer))
     batches = [
         {name: value.to(found.model.device) for name, value in batch.items()}

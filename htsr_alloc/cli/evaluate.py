@@ -71,6 +71,7 @@ def evaluate(
     loaded: Any = asked.open_model(models.dtype_of(dtype, where)).to(where)
     if trained is not None:
         loaded = models.open_adapter(loaded, trained).to(where)
+    asked.refuse_drawn(loaded)
     with screen.counting(len(rows)) as count:
         score = asked.evaluate(
             loaded,

@@ -165,12 +165,47 @@ def open_model(folder: Path) -> nn.Module:
     """The model itself, in its stored dtype.
 
     Raises:
-        HtsrError: no model that transformers can load.
+        HtsrError: no model that transformers can load, or one with weights left out.
     """
     kind, _ = _model_class(folder)
+    model, drawn = open_weights(kind, folder, dtype="auto")
+    refuse_drawn(drawn, folder)
+    return model
+
+
+def open_weights(kind: Any, folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """A model by one of transformers' classes, and its parameters that the checkpoint has not.
+
+    transformers has drawn those at random, and says so in a warning alone.
+
+    Raises:
+        HtsrError: no model of this kind that transformers can load from safetensors.
+    """
+    open_config(folder)
     with transformers_errors(f"load {folder}"):
-        options = {"trust_remote_code": False, "use_safetensors": True}
-        return kind.from_pretrained(folder, dtype="auto", **options)
+        model, found = kind.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return model, [name for name in names if name in drawn]
+
+
+def refuse_drawn(drawn: Sequence[str], folder: Path) -> None:
+    """Refuse a model with parameters drawn at random.
+
+    Raises:
+        HtsrError: there are some; the first is named.
+    """
+    if drawn:
+        raise HtsrError(
+            f"{folder} does not hold {drawn[0]}, which would be drawn at random.",
+            "Give a checkpoint of the whole model, its head too.",
+        )
 
 
 def open_config(folder: Path) -> Any:

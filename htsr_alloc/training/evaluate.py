@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from htsr_alloc.errors import HtsrError
-from htsr_alloc.lora_moe import after_prompt
 from htsr_alloc.lora_moe.routing import evaluating
-from htsr_alloc.training.models import cache_name
+from htsr_alloc.training.positions import positions_of
+from htsr_alloc.training.reading import cache_of, likelihoods, padded
 from htsr_alloc.training.rows import Row
 from htsr_alloc.training.tokens import answer, continuation, pad_id, question
 from htsr_alloc.training.wilson import wilson
@@ -56,9 +55,13 @@ def evaluate(
     Args:
         max_new_tokens: of what is generated. Default: the longest right answer's, and 2 more, as
             what has not ended by then is not one of them.
+
+    Raises:
+        HtsrError: no row, one that is longer than the model's positions, or a model that gives NaN.
     """
     if not rows:
         raise HtsrError("There is no row to evaluate.")
+    _refuse_beyond_positions(model, tokenizer, rows)
     hits, losses = ["0"] * len(rows), [0.0] * len(rows)
     done = 0
     choosing = [i for i, row in enumerate(rows) if row.choices]
@@ -66,9 +69,9 @@ def evaluate(
     weights = next(model.parameters())
     half = torch.autocast(weights.device.type, torch.bfloat16, weights.dtype == torch.bfloat16)
     with evaluating(model), torch.inference_mode(), half:
+        cache = cache_of(model)
         for batch, prompts in _batches(rows, choosing, tokenizer, batch_size):
-            choices = [rows[i].choices for i in batch]
-            made = _choose(model, tokenizer, prompts, choices, [rows[i] for i in batch])
+            made = _choose(model, tokenizer, prompts, [rows[i] for i in batch], cache)
             _refuse_nan(made)
             for i, values in zip(batch, made, strict=True):
                 right = rows[i].answer
@@ -82,10 +85,9 @@ def evaluate(
                 len(continuation(p, answer(rows[i]), rows[i], tokenizer))
                 for i, p in zip(batch, prompts, strict=True)
             )
-            choices = [(answer(rows[i]),) for i in batch]
-            made = _choose(model, tokenizer, prompts, choices, [rows[i] for i in batch])
+            made = _choose(model, tokenizer, prompts, [rows[i] for i in batch], cache)
             _refuse_nan(made)
-            texts = _generate(model, tokenizer, prompts, longest)
+            texts = _generate(model, tokenizer, prompts, longest, cache)
             for i, (only,), text in zip(batch, made, texts, strict=True):
                 losses[i] = -only.total / only.tokens
                 hits[i] = "1" if first_line(text) == first_line(answer(rows[i])) else "0"
@@ -127,15 +129,6 @@ def _batches(rows: Sequence[Row], chosen: Sequence[int], tokenizer: Any, size: i
         yield batch, [prompts[i] for i in batch]
 
 
-def _left_padded(prompts: Sequence[Prompt], tokenizer: Any, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, (B, S), with every prompt's end at the end."""
-    longest = max(len(ids) for ids, _ in prompts)
-    rest = [longest - len(ids) for ids, _ in prompts]
-    ids = [[pad_id(tokenizer)] * r + p[0] for r, p in zip(rest, prompts, strict=True)]
-    mask = [[0] * r + [1] * (longest - r) for r in rest]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 @dataclass(frozen=True)
 class Choice:
     """One choice's log-likelihood: the sum over its tokens, and the sum over its characters."""
@@ -146,67 +139,60 @@ class Choice:
 
 
 def _choose(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    choices: Sequence[Sequence[str]],
-    rows: Sequence[Row],
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[Row], cache: Any
 ) -> list[list[Choice]]:
-    """The log-likelihood of every choice. The prompts are read once, the choices after them."""
-    device = next(model.parameters()).device
-    ids, mask = _left_padded(prompts, tokenizer, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        # As a tensor: a slice would be no longer contiguous, and the head's weight copied B times.
-        logits_to_keep=torch.tensor([ids.shape[1] - 1], device=device),
-    )
-    name = cache_name(model)
-    cache, first = getattr(out, name), out.logits[:, -1:].float()  # (B, 1, V)
+    """The log-likelihood of every choice, or of the only answer."""
+    choices = [row.choices or (answer(row),) for row in rows]
+    turns = [[own[min(j, len(own) - 1)] for own in choices] for j in range(max(map(len, choices)))]
+    parts = [
+        [continuation(p, t, row, tokenizer) for p, t, row in zip(prompts, texts, rows, strict=True)]
+        for texts in turns
+    ]
+    ids = [own for own, _ in prompts]
+    read = likelihoods(model, ids, parts, pad_id(tokenizer), cache)
     made: list[list[Choice]] = [[] for _ in rows]
-    for j in range(max(map(len, choices))):
-        texts = [own[min(j, len(own) - 1)] for own in choices]
-        parts = [
-            continuation(p, t, row, tokenizer)
-            for p, t, row in zip(prompts, texts, rows, strict=True)
-        ]
-        longest = max(map(len, parts))
-        padded = [p + [pad_id(tokenizer)] * (longest - len(p)) for p in parts]
-        tokens = torch.tensor(padded, device=device)  # (B, C)
-        kept = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in parts], device=device)
-        logits = first
-        if longest > 1:
-            with after_prompt(model):
-                after = model(
-                    input_ids=tokens[:, :-1],
-                    attention_mask=torch.cat([mask, kept[:, :-1]], -1),
-                    position_ids=positions[:, -1:] + 1 + torch.arange(longest - 1, device=device),
-                    use_cache=True,
-                    **{name: cache},
-                )
-            cache.crop(1 - longest)
-            logits = torch.cat([first, after.logits.float()], 1)  # (B, C, V)
-        chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        totals = (chosen * kept).sum(-1).tolist()
+    for j, totals in enumerate(read):
         for place, total in enumerate(totals):
             if j < len(choices[place]):
-                score = total / len(texts[place].strip())
-                made[place].append(Choice(total, len(parts[place]), score))
+                score = total / len(turns[j][place].strip())
+                made[place].append(Choice(total, len(parts[j][place]), score))
     return made
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], most: int) -> list[str]:
-    """What the model writes after each prompt, greedily."""
-    ids, mask = _left_padded(prompts, tokenizer, next(model.parameters()).device)
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=most,
-        do_sample=False,
-        pad_token_id=pad_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], most: int, cache: Any
+) -> list[str]:
+    """What the model writes after each prompt, greedily, as far as it has positions."""
+    last, ids = positions_of(model), [own for own, _ in prompts]
+    groups = [ids]
+    if cache is None or (last is not None and len(ids[0]) + most - 1 > last):
+        groups = [[own] for own in ids]  # RWKV masks no padding, and mixes the rows of a batch
+    texts: list[str] = []
+    for group in groups:
+        given, mask = padded(group, pad_id(tokenizer), model.device, left=True)
+        length = given.shape[1]
+        made = model.generate(
+            input_ids=given,
+            attention_mask=mask,
+            max_new_tokens=most if last is None else min(most, last + 1 - length),
+            do_sample=False,
+            pad_token_id=pad_id(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts += tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
+    return texts
+
+
+def _refuse_beyond_positions(model: Any, tokenizer: Any, rows: Sequence[Row]) -> None:
+    most = positions_of(model)
+    if most is None:
+        return
+    for row in rows:
+        prompt = question(row, tokenizer)
+        texts = row.choices or (answer(row),)
+        longest = max(len(continuation(prompt, text, row, tokenizer)) for text in texts)
+        if (length := len(prompt[0]) + longest) > most + 1:  # the last token is not read
+            raise HtsrError(
+                f"Line {row.line} has {length} tokens, and the model's positions are {most}.",
+                "Shorten its prompt.",
+            )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from htsr_alloc.errors import HtsrError
+from htsr_alloc.training.positions import positions_of
 from htsr_alloc.training.rows import Row
 from htsr_alloc.training.tokens import as_chat, pad_id, question
 
@@ -21,7 +22,8 @@ def generate(
         chat: write the prompt as a user's message in the tokenizer's chat template.
 
     Raises:
-        HtsrError: an empty prompt, no room for a token, or no chat template.
+        HtsrError: an empty prompt, one longer than the model's positions, no room for a token, or
+            no chat template.
     """
     if not prompt.strip():
         raise HtsrError("The prompt is empty.")
@@ -29,6 +31,13 @@ def generate(
         raise HtsrError(f"`max_new_tokens` must be at least 1, not {max_new_tokens}.")
     row = Row(1, prompt, completion="-")  # its answer is what is asked for
     ids, _ = question(as_chat([row])[0] if chat else row, tokenizer)
+    if (last := positions_of(model)) is not None:
+        if len(ids) > last:
+            raise HtsrError(
+                f"The prompt has {len(ids)} tokens, and the model's positions are {last}.",
+                "Shorten it.",
+            )
+        max_new_tokens = min(max_new_tokens, last + 1 - len(ids))
     inputs = torch.tensor([ids], device=model.device)  # (1, S)
     made = model.eval().generate(
         input_ids=inputs,

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from htsr_alloc import files
 from htsr_alloc.errors import HtsrError, check_choice
-from htsr_alloc.lora_moe.build import open_config, transformers_errors
+from htsr_alloc.lora_moe.build import open_config, open_weights, refuse_drawn
 from htsr_alloc.lora_moe.state import state_in
 from htsr_alloc.records.text import printable
 from htsr_alloc.spectra.devices import choose_device
@@ -27,14 +27,16 @@ def open_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """A causal language model with its weights in ``dtype``; of images and text too, for texts.
 
     Raises:
-        HtsrError: no model that transformers can load from safetensors, or one that is not causal.
+        HtsrError: no model that transformers can load from safetensors, one with weights left out,
+            or one that is not causal.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = type(open_config(folder))
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
     kind = next((kind for kind in kinds if config in kind._model_mapping), AutoModelForCausalLM)
-    model = open_auto(kind, folder, dtype)
+    model, drawn = open_weights(kind, folder, dtype=dtype)
+    refuse_drawn(drawn, folder)
     refuse_unless_causal(model, str(folder))
     return model
 
@@ -69,19 +71,6 @@ def refuse_unread(model: Any) -> None:
             f"{len(unread)} of {len(adapted)} adapted linears read no text; the first is "
             f"{unread[0].removeprefix('base_model.model.')}.",
             "Allocate the language model alone: htsr allocate --stack language_model.",
-        )
-
-
-def open_auto(kind: Any, folder: Path, dtype: torch.dtype, **more: Any) -> Any:
-    """A model by one of transformers' Auto classes, its weights in ``dtype``.
-
-    Raises:
-        HtsrError: no model of this kind that transformers can load from safetensors.
-    """
-    open_config(folder)
-    with transformers_errors(f"load {folder}"):
-        return kind.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **more
         )
 
 

@@ -20,13 +20,14 @@ from htsr_alloc.training import figure, models, saves
 from htsr_alloc.training.handing import whole_files
 from htsr_alloc.training.identity import RUN, content_of, weights_of
 from htsr_alloc.training.methods import Adapter
+from htsr_alloc.training.positions import refuse_longer
 from htsr_alloc.training.recipe import (
     Recipe,
     make_trainer,
     processes,
     total_steps,
 )
-from htsr_alloc.training.tasks import heads_of, readers_of
+from htsr_alloc.training.tasks import readers_of
 
 PICTURE = "training.png"
 
@@ -103,7 +104,8 @@ def train(
         resume: go on at the last checkpoint.
 
     Raises:
-        HtsrError: bad rows, an allocation that does not fit, a folder that holds another run.
+        HtsrError: bad rows, rows longer than the model's positions, an allocation that does not
+            fit, a folder that holds another run.
     """
     started = time.time()
     checkpoint = _earlier(run, resume, note)
@@ -121,10 +123,11 @@ def train(
         model,
         allocation,
         task_type=task.task_type,
-        heads=heads_of(model) if task.labels else (),
+        heads=task.heads,
         steps=total_steps(len(encoded["data"]), run.recipe, processes()),
     )
     task.refuse_unread(model)
+    refuse_longer(model, [*encoded["data"], *encoded["validation"]])
     run.adapter.start(model.to(device), encoded["data"], task.collate, run.recipe.batch_size)
     trainer = make_trainer(
         model,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from htsr_alloc.errors import HtsrError, check_choice
+from htsr_alloc.lora_moe.build import open_weights, refuse_drawn
 from htsr_alloc.lora_moe.routing import evaluating
 from htsr_alloc.training import evaluate, labelled, models, rows, tokens
 from htsr_alloc.training.evaluate import Progress, Score, score_of
+from htsr_alloc.training.heads import heads_of, outermost, saved_in, under
 from htsr_alloc.training.labelled import Labelled
+from htsr_alloc.training.positions import refuse_longer
+
+LAYER = re.compile(r"\.\d+\.|^[^.]+$")  # a name in a layer, or of a parameter in no module
 
 
 class Task:
@@ -26,12 +32,14 @@ class Task:
         labels: the classes, in the order of the head's outputs; empty without a head.
         items: whether the model's loss is a mean over all tokens of an accumulated batch.
         processor: the tokenizer or the image processor.
+        heads: modules of the model opened last that are trained and saved whole.
     """
 
     task_type: ClassVar[str | None] = None
     items: ClassVar[bool] = False
     processor: Any
     labels: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
     def open_model(self, dtype: torch.dtype) -> Any:
         """The model, its weights in ``dtype``."""
@@ -39,6 +47,9 @@ class Task:
 
     def refuse_unread(self, model: Any) -> None:
         """Refuse adapters that no row of this task reaches."""
+
+    def refuse_drawn(self, model: Any) -> None:
+        """Refuse weights drawn at random, which neither checkpoint nor adapter holds."""
 
     def encode(self, given: Sequence[Any]) -> list[Any]:
         """Rows to examples; each has a ``length`` by which rows are batched."""
@@ -100,26 +111,49 @@ class Classification(Task):
     """One of several classes, by a head that is trained and saved with the adapter."""
 
     auto: ClassVar[str]  # the transformers class
+    drawn: tuple[str, ...] = ()  # modules that the checkpoint does not hold
 
     def __init__(self, folder: Path, labels: tuple[str, ...], max_length: int) -> None:
         self.folder, self.labels, self.max_length = folder, labels, max_length
 
     def open_model(self, dtype: torch.dtype) -> Any:
-        """The model with a head of these classes, new where it has none; the head in float32."""
+        """The model with a head of these classes, new where it has none; the head in float32.
+
+        Another part that the checkpoint does not hold, as a pooler, is new too, and like the head.
+
+        Raises:
+            HtsrError: no such model, or one with a layer left out.
+        """
         import transformers
 
         classes = dict(enumerate(self.labels))
-        model = models.open_auto(
+        model, drawn = open_weights(
             getattr(transformers, self.auto),
             self.folder,
-            dtype,
+            dtype=dtype,
             id2label=classes,
             label2id={name: i for i, name in classes.items()},
             ignore_mismatched_sizes=True,
         )
-        for name in heads_of(model):
+        heads = heads_of(model)
+        inside = [name for name in drawn if not under(name, heads)]
+        refuse_drawn([name for name in inside if LAYER.search(name)], self.folder)
+        self.drawn = tuple(dict.fromkeys(name.rpartition(".")[0] for name in drawn))
+        self.heads = (*heads, *outermost(name for name in self.drawn if not under(name, heads)))
+        for name in self.heads:
             model.get_submodule(name).float()
         return model
+
+    def refuse_drawn(self, model: Any) -> None:
+        """Refuse a head or a pooler drawn at random, which would answer at random."""
+        saved = saved_in(model)
+        left = [name for name in self.drawn if not under(name, saved)]
+        if left:
+            raise HtsrError(
+                f"Neither {self.folder} nor an adapter holds {left[0]}, which would be drawn at "
+                "random.",
+                "Train an adapter with `task` classification.",
+            )
 
     def evaluate(
         self,
@@ -134,6 +168,7 @@ class Classification(Task):
         if max_new_tokens is not None:
             raise HtsrError("A classification generates no tokens.", "Remove `max_new_tokens`.")
         examples, hits, losses = self.encode(given), "", []
+        refuse_longer(model, examples)
         weights = next(model.parameters())
         kind = weights.device.type
         half = torch.autocast(kind, torch.bfloat16, weights.dtype == torch.bfloat16)
@@ -232,16 +267,6 @@ class Images(Classification):
                 raise HtsrError(f"{example.inputs} is not an image: {error}.") from None
         batch = dict(self.processor(images=opened, return_tensors="pt"))
         return {**batch, "labels": torch.tensor([example.label for example in examples])}
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """The modules beside the base model: a classifier, a pooler of its own."""
-    base = model.base_model_prefix
-    return [
-        name
-        for name, module in model.named_children()
-        if name != base and any(True for _ in module.parameters())
-    ]
 
 
 def _classification(

@@ -291,3 +291,81 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     given = labelled.read_labelled(tmp_path.joinpath("."))
     with pytest.raises(HtsrError, match="is not an image"):
         task.collate(task.encode([r for r in given if r.label == "a"]))
+
+
+def bert(folder):
+    """A random BERT of width 32 with the head of its pretraining, and so without a pooler."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SIZES,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    training_tiny.tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("system", ["alphalora", "lora"])
+def test_a_pooler_that_the_checkpoint_has_not_is_saved_with_the_head(system, invoke, work):
+    bert(work / "model")
+    training_tiny.write(work / "train.jsonl", texts(96))
+    done = train(invoke, "--data", "train.jsonl", system=system)
+    assert done.rc == 0, done.stderr
+    config = json.loads((work / "out" / "adapter_config.json").read_text())
+    assert {"bert.pooler.dense", "classifier"} <= set(config["modules_to_save"])
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found.append(score(invoke, "train.jsonl", "--adapter", "out"))
+    assert found[0] == found[1]
+    assert found[0]["low"] > 1 / 3
+
+
+def test_weights_drawn_at_random_are_not_evaluated(invoke, work):
+    """Neither without an adapter, nor with one that holds the head and not the pooler."""
+    from peft import LoraConfig, get_peft_model
+
+    bert(work / "model")
+    training_tiny.write(work / "train.jsonl", texts(8))
+    task = tasks.Texts(work / "model", ("calm", "loud", "odd"), 512)
+    config = LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    get_peft_model(task.open_model(torch.float32), config).save_pretrained(str(work / "old"))
+    run = json.dumps({"labels": ["calm", "loud", "odd"], "task": "classification"})
+    (work / "old" / "run.json").write_text(run)
+    for more in ([], ["--adapter", "old"]):
+        done = invoke(
+            "evaluate", "--model", "model", "--task", "classification", "--data", "train.jsonl",
+            "--device", "cpu", *more,
+        )  # fmt: skip
+        assert done.rc == 1, done.stdout
+        assert "nor an adapter holds bert.pooler.dense, which" in " ".join(done.stderr.split())
+
+
+def test_a_layer_that_the_checkpoint_has_not_is_refused(tmp_path):
+    import safetensors.torch
+
+    path = bert(tmp_path / "model") / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    del tensors[name]
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    task = tasks.Texts(tmp_path / "model", ("a", "b"), 512)
+    with pytest.raises(HtsrError, match=f"does not hold {name}"):
+        task.open_model(torch.float32)
+
+
+def test_a_head_whose_linear_has_a_number_is_new(tmp_path):
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    task = tasks.Images(tmp_path, ("left", "right"), 512)
+    task.open_model(torch.float32)
+    assert (task.heads, task.drawn) == (("classifier",), ("classifier.1",))

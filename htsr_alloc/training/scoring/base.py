@@ -14,6 +14,7 @@ from torch import nn
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.linears import is_plain, left_out, widths
 from htsr_alloc.training import models, tokens
+from htsr_alloc.training.positions import positions_of
 from htsr_alloc.training.rows import read_rows, share_of
 
 
@@ -33,7 +34,8 @@ class Opened:
         """
         tokenizer = tokens.open_tokenizer(self.folder)
         rows = share_of(read_rows(data), limit)
-        examples = [tokens.encode(row, tokenizer, MAX_LENGTH) for row in rows]
+        most = min(MAX_LENGTH, positions_of(self.model) or MAX_LENGTH)
+        examples = [tokens.encode(row, tokenizer, most) for row in rows]
         collate = tokens.Collator(tokens.pad_id(tokenizer))
         device = next(self.model.parameters()).device
         for start in range(0, len(examples), size):

@@ -20,6 +20,7 @@ from htsr_alloc.training import models, tokens
 from htsr_alloc.training.evaluate import NotNumbers, Score, evaluate
 from htsr_alloc.training.identity import weights_of
 from htsr_alloc.training.methods import method_of
+from htsr_alloc.training.positions import refuse_longer
 from htsr_alloc.training.recipe import Diverged, make_trainer, total_steps
 from htsr_alloc.training.rows import read_rows, share_of
 from htsr_alloc.training.study.budget import Fitted, Size, fitted, size_of
@@ -203,13 +204,15 @@ def _train(study: Study, cell: Cell, made: Fitted, model: Any, device: torch.dev
     adapter, stages, before = made.adapter, cell.stages(study), dict[str, Score]()
     collate = tokens.Collator(tokens.pad_id(_tokenizer(study.model)))
     rows = [_rows(study, [study.tasks[task].train for task in stage]) for stage in stages]
+    validation = [_validation(study, stage, cell.row.system) for stage in stages]
+    refuse_longer(model, [row for own in (*rows, *validation) for row in own])
     recipes = [cell.recipe(study, stage) for stage in stages]
     torch.manual_seed(cell.seed)
     steps = sum(total_steps(len(own), recipe) for own, recipe in zip(rows, recipes, strict=True))
     model = adapter.put_on(model, made.allocation, steps=steps)
     adapter.start(model, rows[0], collate, recipes[0].batch_size)
     size, times, loss, diverged = size_of(model), StepTimes(device), None, None
-    for stage, examples, recipe in zip(stages, rows, recipes, strict=True):
+    for stage, examples, valid, recipe in zip(stages, rows, validation, recipes, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(
                 model,
@@ -218,7 +221,7 @@ def _train(study: Study, cell: Cell, made: Fitted, model: Any, device: torch.dev
                 recipe,
                 collate=collate,
                 callbacks=[times, *adapter.callbacks()],
-                activations=_validation(study, stage, cell.row.system),
+                activations=valid,
                 device=device,
                 bf16=models.dtype_of(study.dtype, device) == torch.bfloat16,
             )
