@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from htsr_alloc.allocation import allocate
 from htsr_alloc.allocation.linears import Linear, Linears
 from htsr_alloc.allocation.units import BASE_EXPERTS
+from htsr_alloc.checkpoints.layers import map_layers
+from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError
 from htsr_alloc.lora_moe.fused import own_experts
 from htsr_alloc.lora_moe.linears import feed_forward, left_out, widths
@@ -88,6 +91,26 @@ def resolve_layers(model: nn.Module, allocation: Allocation) -> list[str]:
         )
     if len(found) < count or total != count:
         raise mismatch
+    return found
+
+
+def checkpoint_blocks(model: nn.Module, folder: Path) -> dict[str, str]:
+    """The blocks of a checkpoint in the order of its layers -> the model's own names of them.
+
+    A block that the model does not have, or has several times, is left out.
+    """
+    checkpoint = open_checkpoint(folder)
+    layers = map_layers(
+        checkpoint.tensors,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        architecture=checkpoint.architecture,
+    )
+    names, found = Names(model), {}
+    for prefix in layers.prefixes:
+        own = names.module(prefix)
+        blocks = names.ends(prefix) if own is None else [own]
+        if len(blocks) == 1:
+            found[prefix] = blocks[0]
     return found
 
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from htsr_alloc.checkpoints.layers import map_layers
-from htsr_alloc.checkpoints.open import open_checkpoint
 from htsr_alloc.errors import HtsrError, check_choice
 from htsr_alloc.lora_moe.linears import block_of
-from htsr_alloc.lora_moe.names import Names
+from htsr_alloc.lora_moe.resolve import checkpoint_blocks
 from htsr_alloc.training import models
 from htsr_alloc.training.scoring.base import Opened, opened
 from htsr_alloc.training.scoring.registry import SCORES
@@ -115,20 +113,11 @@ def _as_analysed(values: Mapping[str, float], opened: Opened) -> dict[str, float
     Raises:
         HtsrError: none of the checkpoint's layers is in the model.
     """
-    checkpoint = open_checkpoint(opened.folder)
-    layers = map_layers(
-        checkpoint.tensors,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-        architecture=checkpoint.architecture,
-    )
-    names, found = Names(opened.model), {}
-    for prefix in layers.prefixes:
-        own = names.module(prefix)
-        blocks = names.ends(prefix) if own is None else [own]
-        if len(blocks) == 1:
-            start = f"{blocks[0]}."
-            inside = {n: value for n, value in values.items() if n.startswith(start)}
-            found |= {f"{prefix}.{n.removeprefix(start)}": value for n, value in inside.items()}
+    found = {}
+    for prefix, block in checkpoint_blocks(opened.model, opened.folder).items():
+        start = f"{block}."
+        inside = {n: value for n, value in values.items() if n.startswith(start)}
+        found |= {f"{prefix}.{n.removeprefix(start)}": value for n, value in inside.items()}
     if not found:
         raise HtsrError(f"The layers of {opened.folder} are not those of its model.")
     return found
