@@ -52,7 +52,7 @@ class Finding:
         regime: what one model learnt, as the plan has it.
         tasks: all that were compared. rows: test rows of each.
         unit: what was allocated, experts or ranks. targets: roles that were adapted, all there are.
-        strategy, metric, estimator, beta: as an allocation file has them.
+        strategy, metric, estimator, beta, groups: as an allocation file has them.
         uniform: the mean difference over the tasks; None for uniform itself.
         draws: random allocations, 0 where there were none. draw_seeds: seeds that all have.
         better, worse: the tasks on which the loss was below, or above, every random one's.
@@ -74,6 +74,7 @@ class Finding:
     draw_seeds: int
     better: tuple[str, ...]
     worse: tuple[str, ...]
+    groups: tuple[int, ...] = ()
 
     def sentence(self, model: str | None = None) -> str:
         """What it says, with what chance alone would do.
@@ -90,7 +91,7 @@ class Finding:
                 f"{count} tasks and the worst on {len(self.worse)}, where chance gives "
                 f"{chance:.1f} of each ({_seeds(self.draw_seeds)})"
             )
-        choices = _list(self.metric, self.estimator, self.beta)
+        choices = _list(self.metric, self.estimator, self.beta, *map(str, self.groups))
         where = self.model if model in (None, self.model) else f"another model, {self.model}"
         what = f"{self.strategy}'s {self.unit}{choices} on {where} ({places})"
         return f"known of {what}: {'; '.join(clauses)}"
@@ -105,11 +106,15 @@ class Finding:
         if record.targets is not None and set(record.targets) != set(self.targets):
             return False
         own = (self.unit, self.strategy, self.metric, self.estimator, self.beta)
-        return own == (allocation.counted, *_choices(record))
+        return own == (allocation.counted, *_choices(record)) and self.groups == _groups(record)
 
 
 def _choices(record: StrategyRecord) -> tuple[str, str | None, str | None, float | None]:
     return record.name, record.metric, record.estimator, record.beta
+
+
+def _groups(record: StrategyRecord) -> tuple[int, ...]:
+    return tuple(record.groups or ())
 
 
 def read_findings(path: Path) -> tuple[Finding, ...]:
@@ -157,7 +162,7 @@ def _described(allocation: Allocation, record: StrategyRecord) -> str:
     name, metric, estimator, beta = _choices(record)
     metric = record.scores.file if record.scores else metric
     linears = " by linears" if allocation.modules else ""
-    choices = _list(metric, estimator, beta, *(record.targets or ()))
+    choices = _list(metric, estimator, beta, *map(str, _groups(record)), *(record.targets or ()))
     return f"{name}'s {allocation.counted}{linears}{choices}"
 
 

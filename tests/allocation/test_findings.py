@@ -82,6 +82,15 @@ def test_a_finding_is_about_what_was_tried_and_nothing_else(tmp_path):
     assert not own.is_about(scored)
 
 
+def test_a_finding_of_mola_is_about_its_own_groups():
+    own = dataclasses.replace(
+        FINDING, strategy="mola", metric=None, estimator=None, beta=None, groups=(2, 4, 6)
+    )
+    assert own.is_about(allocate(METRICS, strategy="mola", groups=(2, 4, 6)))
+    assert not own.is_about(allocate(METRICS, strategy="mola", groups=(6, 4, 2)))
+    assert "mola's experts (2, 4, 6) on small" in own.sentence()
+
+
 def test_a_finding_says_what_it_compared():
     assert FINDING.sentence() == f"{PLACE}{UNIFORM}; {RANDOM}"
     assert dataclasses.replace(FINDING, uniform=None).sentence() == PLACE + RANDOM

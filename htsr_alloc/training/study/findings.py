@@ -61,6 +61,7 @@ def findings(study: Study, done: Done, plan: Path) -> list[Finding]:
                 draw_seeds=min((own.seeds for own in ranked), default=0),
                 better=tuple(own.task for own in ranked if own.outside == "better"),
                 worse=tuple(own.task for own in ranked if own.outside == "worse"),
+                groups=tuple(record.groups or ()),
             )
         )
     return found
